@@ -1,0 +1,60 @@
+"""Weights on this node: an `s3://` prefix is brought to a local cache once per node; everything else is left to `vmt_core`."""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+from pipelines.storage import Storage, join, scheme
+from vmt_core.backbone import wan
+
+_WEIGHTS = (".json", ".safetensors", ".model", ".txt")
+
+
+def revision(model: str, storage: Storage) -> str:
+    """Identity of a model's weights: of an s3 prefix from its listing (names, sizes, ETags), else from the files.
+
+    Raises:
+        FileNotFoundError: there is no such model.
+    """
+    if scheme(model) == "file":
+        return wan.revision(wan.locate(model))
+    digest = hashlib.sha256()
+    for name, info in sorted(_objects(model, storage).items()):
+        digest.update(f"{name}\0{info['size']}\0{info.get('ETag', '')}\0".encode())
+    return digest.hexdigest()[:16]
+
+
+def local(model: str, storage: Storage) -> str:
+    """What `Backbone.load` takes: the model itself, or the node's copy of an s3 prefix, downloaded if it is not there.
+
+    One process of a node downloads, the others wait; the copy appears whole, with every size checked.
+    """
+    if scheme(model) == "file":
+        return model
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vmt" / "models"
+    cache.mkdir(parents=True, exist_ok=True)
+    target = cache / revision(model, storage)
+    with open(cache / f"{target.name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not target.is_dir():
+            loading = Path(tempfile.mkdtemp(prefix=".loading-", dir=cache))
+            try:
+                for name, info in _objects(model, storage).items():
+                    (loading / name).parent.mkdir(parents=True, exist_ok=True)
+                    storage.fetch(join(model, name), loading / name, most_bytes=info["size"])
+                loading.rename(target)
+            finally:
+                shutil.rmtree(loading, ignore_errors=True)
+    return str(target)
+
+
+def _objects(model: str, storage: Storage) -> dict[str, dict[str, object]]:
+    objects = {name: info for name, info in storage.details(model).items() if name.endswith(_WEIGHTS)}
+    if "model_index.json" not in objects:
+        raise FileNotFoundError(f"{model}: no model_index.json below it, so no model in diffusers layout")
+    return objects

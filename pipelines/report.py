@@ -1,0 +1,215 @@
+"""The report page of a run: one HTML file beside its videos, to be looked at from disk, with nothing fetched.
+
+Everything that a row says (prompts, paths, messages) is untrusted. Jinja escapes what it writes into the page; the rows
+go in once as JSON with `<` escaped, and the page's script shows them as text nodes only. Links are decided here, not in
+the page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from schemas.errors import ErrorCode
+from schemas.rows import ResultRow
+
+#: Text columns travel as indexes into a pool of distinct strings, the others as numbers. Text as well are the seed,
+#: which may exceed what JavaScript holds exactly, and the links to the result, to the reference as the model saw it,
+#: and to the original clip.
+_SCHEMA = {field.name: str(field.type) for field in ResultRow.arrow_schema()}
+_TEXT = (*(name for name, kind in _SCHEMA.items() if kind == "string"), "seed", "video", "reference", "source")
+_NUMBERS = tuple(name for name, kind in _SCHEMA.items() if kind != "string" and name != "seed")
+_STAGES = ("encode", "transfer", "finish")
+
+_ENVIRONMENT = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+)
+
+
+def render(rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any], output: str) -> str:
+    """The report as one HTML page, to be written to OUT/run/report.html.
+
+    Args:
+        rows: result rows (`schemas.rows.ResultRow`) as dicts, in the order to show; missing columns count as empty.
+        summary: what the run says of itself, every key optional: title, run_id, started_at, finished_at, selected, ok,
+            failed, left, seconds, videos_per_hour, failed_by_code, seconds_by_stage (means per video), model,
+            model_revision, notice, versions.
+        output: the OUT prefix (a path or a URL); what lies below it is linked relatively, so that OUT can be moved.
+    """
+    rows = list(rows)
+    packed = json.dumps(_pack(rows, output), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    template = _ENVIRONMENT.get_template("report.html.j2")
+    page = template.render(
+        rows=Markup(packed),  # JSON without `<`: it cannot end its script element
+        nonce=hashlib.sha256(packed.encode()).hexdigest()[:32],  # the same rows give the same page
+        **_header(rows, summary),
+    )
+    return page.encode("utf-8", "replace").decode()  # lone surrogates cannot be written to a file
+
+
+def link(uri: str | None, output: str) -> str | None:
+    """What a page in OUT/run/ may point at to reach `uri`, or None if it should not.
+
+    Below OUT: a relative link. Elsewhere: http(s) and plain paths only, so that no row can smuggle in a `javascript:`.
+    A path that is relative to the working directory is made relative to the page.
+    """
+    if not uri:
+        return None
+    uri, output = uri.removeprefix("file://"), output.removeprefix("file://")
+    if _scheme(output):
+        inside = uri.removeprefix(output.rstrip("/") + "/")
+        if inside != uri and not {"", ".", ".."} & set(inside.split("/")):
+            return "../" + quote(inside, safe="/=", errors="replace")
+    elif not _scheme(uri):
+        root, target = os.path.abspath(output), os.path.abspath(uri)
+        if os.path.commonpath((root, target)) == root or not os.path.isabs(uri):
+            return quote(os.path.relpath(target, os.path.join(root, "run")), safe="/=", errors="replace")
+    if uri != uri.strip() or re.search(r"[\x00-\x1f\x7f]", uri):  # browsers drop these: `java\nscript:`
+        return None
+    if _scheme(uri) in ("http", "https"):
+        return uri
+    if _scheme(uri) or re.match(r"[/\\]{2}", uri):  # another scheme, or another host
+        return None
+    return re.sub("[%?#]", lambda match: quote(match[0]), uri)
+
+
+def _scheme(uri: str) -> str:
+    """The lower-case scheme of a uri, without whitespace that a browser would ignore; empty for a path."""
+    match = re.match(r"([a-z][a-z0-9+.-]*):", re.sub(r"[\x00-\x20]", "", uri).lower())
+    return match[1] if match else ""
+
+
+def _pack(rows: Iterable[Mapping[str, Any]], output: str) -> dict[str, Any]:
+    """Rows as arrays, each distinct string stored once: 10,000 rows share a few prompts, settings and versions."""
+    pool: dict[str, int] = {}
+    packed = []
+    for row in rows:
+        values = {
+            **row,
+            "video": link(row.get("video_uri"), output),
+            "reference": link(row.get("reference_video_uri"), output),
+            "source": link(row.get("reference_uri"), output),
+        }
+        texts = (values.get(name) for name in _TEXT)
+        packed.append(
+            [-1 if text is None else pool.setdefault(str(text), len(pool)) for text in texts]
+            + [_number(values.get(name)) for name in _NUMBERS]
+        )
+    transient = [str(code) for code in ErrorCode if code.transient]
+    return {"text": _TEXT, "numbers": _NUMBERS, "pool": list(pool), "rows": packed, "transient": transient}
+
+
+def _header(rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What the template writes around the gallery, ready to print; counts that are missing come from the rows."""
+    seen = Counter("ok" if row.get("status") == "ok" else "failed" for row in rows)
+    counts = {name: _count(summary.get(name)) for name in ("ok", "failed", "left")}
+    counts = {name: seen[name] if count is None and name != "left" else count for name, count in counts.items()}
+    selected = _count(summary.get("selected"))
+    if counts["left"] is None and selected is not None:
+        counts["left"] = max(0, selected - (counts["ok"] or 0) - (counts["failed"] or 0))
+    codes = summary.get("failed_by_code")
+    if not isinstance(codes, Mapping):
+        codes = Counter(str(row.get("error_code")) for row in rows if row.get("status") != "ok")
+    means = summary.get("seconds_by_stage")
+    means = means if isinstance(means, Mapping) else {}
+    stages = [(name, _number(means.get(name)) or 0.0) for name in _STAGES]
+    started, finished = _moment(summary.get("started_at")), _moment(summary.get("finished_at"))
+    rate, versions = _number(summary.get("videos_per_hour")), summary.get("versions")
+    versions = versions if isinstance(versions, Mapping) else {}
+    return {
+        "title": str(summary.get("title") or "Motion transfer"),
+        "notice": summary.get("notice"),
+        "facts": [
+            (name, str(value))
+            for name, value in (
+                ("model", summary.get("model")),
+                ("revision", summary.get("model_revision")),
+                ("run", summary.get("run_id")),
+                ("started", started),
+                ("finished", finished),
+            )
+            if value
+        ],
+        "counts": {name: f"{count:,}" for name, count in counts.items() if count is not None},
+        "progress": _shares([(name, count or 0) for name, count in counts.items()]),
+        "codes": _commonest(codes),
+        "selected": None if selected is None else f"{selected:,}",
+        "rate": None if rate is None else _short(rate),
+        "duration": _duration(_number(summary.get("seconds"))),
+        "stages": [
+            {"name": name, "seconds": _short(seconds), "x": x, "width": width}
+            for (name, seconds), (_, x, width) in zip(stages, _shares(stages), strict=True)
+            if any(means.values())
+        ],
+        "stage_total": _short(sum(seconds for _, seconds in stages)),
+        "versions": {str(name): str(value) for name, value in versions.items()},
+    }
+
+
+def _commonest(codes: Mapping[Any, Any]) -> str:
+    """The error code that most rows failed with: `crashed`, or `mostly crashed` if there are others."""
+    if not codes:
+        return ""
+    code = max(codes, key=lambda code: _number(codes[code]) or 0)
+    return f"mostly {code}" if len(codes) > 1 else str(code)
+
+
+def _shares(parts: list[tuple[str, float]]) -> list[tuple[str, float, float]]:
+    """Name, offset and width of each part of a stacked bar, in percent of the whole."""
+    total = sum(value for _, value in parts) or 1.0
+    bars, offset = [], 0.0
+    for name, value in parts:
+        bars.append((name, round(offset, 3), round(100 * value / total, 3)))
+        offset += 100 * value / total
+    return bars
+
+
+def _number(value: Any) -> int | float | None:
+    """The value if it is a finite number: JSON knows no other."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _count(value: Any) -> int | None:
+    number = _number(value)
+    return None if number is None else int(number)
+
+
+def _short(value: float) -> str:
+    """Three digits or so: 0.042, 1.25, 48.1, 1,204."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _duration(seconds: float | None) -> str | None:
+    """`42 s`, `7.1 min`, `3.3 h`."""
+    if seconds is None:
+        return None
+    for unit, size in (("h", 3600.0), ("min", 60.0)):
+        if seconds >= size:
+            return f"{seconds / size:,.1f} {unit}"
+    return f"{seconds:.3g} s"
+
+
+def _moment(value: Any) -> str | None:
+    """An ISO 8601 time without its fractions; anything else as it is."""
+    if not value:
+        return None
+    try:
+        return datetime.fromisoformat(str(value)).strftime("%Y-%m-%d %H:%M %Z").strip()
+    except ValueError:
+        return str(value)

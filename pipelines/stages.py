@@ -1,0 +1,373 @@
+"""The three actors of the main job. Frames never leave an actor: latents travel as safetensors bytes, videos as objects.
+
+    Encode    reference -> latents (VAE), prompts -> embeddings (UMT5)         payload: latents, empty, text, negative
+    Transfer  latents -> motion (once per reference), noise -> latents (DiT)   payload: latents
+    Finish    latents -> mp4 -> verified -> one PUT                            a result row
+
+Errors are caught per row: a bad row becomes a failed row, its neighbours go on.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import platform
+import tempfile
+import time
+from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar, Generic, Literal, TypeVar
+
+import pyarrow as pa
+import ray
+import torch
+from safetensors.torch import load, save
+
+from pipelines import models
+from pipelines.storage import Storage, StorageUnavailable, describe, join, scheme, sha256
+from pipelines.tracker import Watchdog
+from schemas import ErrorCode, ResultRow, RowError, TransferSettings
+from vmt_core import video
+from vmt_core.backbone.wan import Backbone, Part
+from vmt_core.methods import build
+from vmt_core.transfer import Artifact, MotionTransfer, Sampling
+
+Row = dict[str, Any]
+Outcome = Row | RowError  # columns to set, or why the row failed
+V = TypeVar("V")
+
+#: What travels between the stages: the result row in the making, and the payload.
+STATE = pa.schema(
+    [*(field.with_nullable(True) for field in ResultRow.arrow_schema()), pa.field("payload", pa.large_binary())]
+)
+
+
+class Stage(ABC):
+    """One actor: settings and the model part are loaded once, then batches of rows go through `work`.
+
+    Args:
+        settings: of the job.
+        tracker: handle of the run's Tracker actor.
+        run_id: identity of the run.
+    """
+
+    name: ClassVar[Literal["encode", "transfer", "finish"]]
+    part: ClassVar[Part | None] = None
+
+    def __init__(self, settings: TransferSettings, tracker: Any, run_id: str) -> None:
+        self.settings, self.tracker, self.run_id = settings, tracker, run_id
+        self.storage = Storage(settings.storage)
+        self.node = ray.get_runtime_context().get_node_id()
+        self.watchdog = Watchdog()
+        self.resources = getattr(settings, self.name)
+        torch.set_num_threads(self.resources.threads or max(1, int(self.resources.cpus)))
+        gpu = settings.device == "cuda" or (settings.device == "auto" and self.resources.gpus > 0)
+        self.device = torch.device("cuda" if gpu else "cpu")
+        if gpu:
+            torch.use_deterministic_algorithms(True, warn_only=True)
+        self.setup()
+
+    def setup(self) -> None:
+        """Loads what the stage needs, once."""
+
+    @abstractmethod
+    def work(self, rows: list[Row], *, smaller: bool) -> list[Outcome]:
+        """Results of a group of rows, in order.
+
+        Args:
+            smaller: spend less memory; the last try after running out of it.
+        """
+
+    def groups(self, rows: list[Row]) -> list[list[Row]]:
+        """Rows that are worked on together."""
+        return [[row] for row in rows]
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows = table.to_pylist()
+        todo = [row for row in rows if row.get("error_code") is None]
+        admitted = ray.get(self.tracker.admit.remote(self.name, [row["sample_id"] for row in todo])) if todo else {}
+        together, alone = [], []
+        for row in todo:
+            action, attempts = admitted[row["sample_id"]]
+            row["attempts"] = attempts
+            if action == "crashed":
+                self._fail(row, RowError(ErrorCode.CRASHED, "the row took its worker process down twice"))
+            elif action == "timed_out":
+                budget = self.settings.limits.row_seconds
+                self._fail(row, RowError(ErrorCode.TIMED_OUT, f"the row took more than limits.row_seconds={budget:g}"))
+            else:
+                (alone if action == "alone" else together).append(row)
+        for group in [*self.groups(together), *([row] for row in alone)]:
+            self._run(group)
+        return self.output(rows)
+
+    def output(self, rows: list[Row]) -> pa.Table:
+        """The batch for the next stage."""
+        return pa.Table.from_pylist(rows, schema=STATE)
+
+    def _run(self, group: list[Row]) -> None:
+        """Works on a group; if that fails as a whole, on each of its rows alone."""
+        ids = [row["sample_id"] for row in group]
+        budget = self.settings.limits.row_seconds * len(group)
+        began = time.perf_counter()
+        ray.get(self.tracker.begin.remote(self.name, ids, self.node, budget))
+        self.watchdog.arm(budget)
+        try:
+            outcomes = self._attempt(group)
+        finally:
+            self.watchdog.disarm()
+            seconds = time.perf_counter() - began
+            ray.get(self.tracker.end.remote(self.name, ids, seconds))
+        if outcomes is None:
+            for row in group:
+                self._run([row])
+            return
+        for row, outcome in zip(group, outcomes, strict=True):
+            row[f"seconds_{self.name}"] = seconds / len(group)
+            if isinstance(outcome, RowError):
+                self._fail(row, outcome)
+            else:
+                row.update(outcome)
+
+    def _attempt(self, group: list[Row]) -> list[Outcome] | None:
+        """Outcomes of the group, or None if its rows should be tried one by one."""
+        for smaller in (False, True):
+            try:
+                return self.work(group, smaller=smaller)
+            except RowError as error:
+                if len(group) == 1:
+                    return [error]
+            except StorageUnavailable as error:
+                if len(group) == 1:
+                    return [RowError(ErrorCode.STORAGE_UNAVAILABLE, str(error))]
+            except Exception as error:
+                memory = out_of_memory(error)
+                if memory:
+                    gc.collect()
+                    if torch.cuda.is_available():
+                        torch.cuda.empty_cache()
+                if len(group) > 1:
+                    what = "running out of memory" if memory else describe(error)
+                    for row in group:
+                        _note(row, f"{self.name}: alone, after a batch of {len(group)} failed ({what})")
+                elif not memory:
+                    return [RowError(ErrorCode.INTERNAL, describe(error))]
+                elif smaller:
+                    return [RowError(ErrorCode.OUT_OF_MEMORY, f"{describe(error)}; lower the size, or give the stage more memory")]
+                else:
+                    _note(group[0], f"{self.name}: with less memory, after running out of it")
+                    continue
+            return None
+        raise AssertionError("unreachable")
+
+    def _fail(self, row: Row, error: RowError) -> None:
+        row |= {"error_code": error.code.value, "error_message": error.message[:2000], "stage": self.name, "payload": None}
+
+
+class Encode(Stage):
+    """Reads references and prompts. A reference's latents and a prompt's embedding are computed once (bounded caches)."""
+
+    name = "encode"
+
+    def setup(self) -> None:
+        path = models.local(self.settings.model, self.storage)
+        self.backbones: Cache[Backbone] = Cache(2)
+        self.load = lambda dtype: Backbone.load(path, parts=("vae", "text"), device=self.device, dtype=dtype)
+        self.references: Cache[tuple[bytes, str] | RowError] = Cache(8)
+        self.captions: Cache[torch.Tensor] = Cache(1024)
+
+    def work(self, rows: list[Row], *, smaller: bool) -> list[Outcome]:
+        (row,) = rows
+        limits = self.settings.limits
+        if not row["prompt"].strip():
+            raise RowError(ErrorCode.PROMPT_EMPTY, "the prompt is empty")
+        for text in (row["prompt"], row["negative_prompt"]):
+            if len(text) > limits.max_prompt_chars:
+                raise RowError(
+                    ErrorCode.PROMPT_TOO_LONG, f"{len(text)} characters are over limits.max_prompt_chars={limits.max_prompt_chars}"
+                )
+        backbone = self.backbones.get(row["dtype"], lambda: self.load(getattr(torch, row["dtype"])))
+        reference = self.references.get(reference_key(row), lambda: self._reference(backbone, row))
+        if isinstance(reference, RowError):
+            raise reference
+        latents, uri = reference
+        caption = {
+            name: self.captions.get((row["dtype"], text), lambda text=text: backbone.caption(text))  # type: ignore[misc]
+            for name, text in {"empty": "", "text": row["prompt"], "negative": row["negative_prompt"]}.items()
+        }
+        return [{"payload": save({**load(latents), **caption}), "reference_video_uri": uri}]
+
+    def _reference(self, backbone: Backbone, row: Row) -> tuple[bytes, str] | RowError:
+        """Latents of a row's reference, and where the clip lies as the model sees it. A permanent error is kept as well."""
+        limits, uri = self.settings.limits, row["reference_uri"]
+        local = Path()
+        try:
+            if scheme(uri) not in limits.schemes:
+                allowed = ", ".join(limits.schemes)
+                raise RowError(ErrorCode.SCHEME_FORBIDDEN, f"{uri}: scheme {scheme(uri)!r} is not in limits.schemes ({allowed})")
+            with tempfile.TemporaryDirectory(prefix="vmt-") as folder:
+                local = Path(folder) / "reference"
+                self.storage.fetch(uri, local, most_bytes=limits.max_reference_mib * 2**20, digest=row["reference_digest"])
+                frames = video.read(
+                    local,
+                    height=row["height"],
+                    width=row["width"],
+                    frames=row["frames"],
+                    fps=row["fps"],
+                    start=row["start_frame"],
+                    end=row["end_frame"],
+                    limits=limits,
+                )
+                shown = join(self.settings.output, "references", f"{reference_key(row)}.mp4")
+                if not self.storage.exists(shown):
+                    clip = Path(folder) / "shown.mp4"
+                    video.write(clip, frames, row["fps"], crf=self.settings.video.crf, preset=self.settings.video.preset)
+                    self.storage.put(clip, shown)
+        except RowError as error:
+            if error.code.transient:
+                raise
+            return RowError(error.code, error.message.replace(str(local), uri))
+        return save({"latents": backbone.encode(frames)}), shown
+
+
+class Transfer(Stage):
+    """Runs the diffusion transformer on rows of one size and method together. A reference's motion is computed once."""
+
+    name = "transfer"
+
+    def setup(self) -> None:
+        path = models.local(self.settings.model, self.storage)
+        self.backbones: Cache[Backbone] = Cache(1)
+        self.load = lambda dtype: Backbone.load(path, parts=("transformer",), device=self.device, dtype=dtype)
+        self.artifacts: Cache[Artifact] = Cache(8)
+
+    def groups(self, rows: list[Row]) -> list[list[Row]]:
+        alike: dict[Hashable, list[Row]] = {}
+        for row in rows:
+            alike.setdefault(tuple(row[name] for name in _ALIKE), []).append(row)
+        most = self.settings.transfer.batch_rows
+        return [group[i : i + most] for group in alike.values() for i in range(0, len(group), most)]
+
+    def work(self, rows: list[Row], *, smaller: bool) -> list[Outcome]:
+        first, options = rows[0], self.settings.transfer
+        backbone = self.backbones.get(first["dtype"], lambda: self.load(getattr(torch, first["dtype"])))
+        backbone.checkpoint_policy = "full" if smaller else options.checkpoint
+        sampling = Sampling(
+            first["steps"], first["shift"], first["guidance_scale"], cfg="two_pass" if smaller else options.cfg
+        )
+        method = build(first["method"], json.loads(first["method_settings"]))
+        transfer = MotionTransfer(backbone, method, sampling)
+        payloads = [load(row["payload"]) for row in rows]
+        artifacts = [
+            self.artifacts.get(
+                (reference_key(row), row["dtype"], row["method"], row["method_settings"]),
+                lambda payload=payload: transfer.describe(payload["latents"], payload["empty"]),  # type: ignore[misc]
+            )
+            for row, payload in zip(rows, payloads, strict=True)
+        ]
+        denoised = transfer.denoise(
+            artifacts,
+            [payload["text"] for payload in payloads],
+            [payload["negative"] for payload in payloads],
+            [row["seed"] for row in rows],
+        )
+        outcomes: list[Outcome] = []
+        for latents, log in zip(denoised.latents, denoised.logs, strict=True):
+            if not bool(latents.isfinite().all()):
+                message = f"NaN or inf in the latents ({log.skipped} of {log.evaluations} gradients were not finite)"
+                outcomes.append(RowError(ErrorCode.NON_FINITE, message))
+                continue
+            outcomes.append(
+                {
+                    "payload": save({"latents": latents.contiguous()}),
+                    "evaluations": log.evaluations,
+                    "denoiser_calls": denoised.denoiser_calls,
+                    "skipped_gradients": log.skipped,
+                    "guidance_loss_first": log.losses[0] if log.losses else None,
+                    "guidance_loss_last": log.losses[-1] if log.losses else None,
+                }
+            )
+        return outcomes
+
+
+class Finish(Stage):
+    """Decodes latents, writes the video, checks it, uploads it; then, and only then, the row is ok."""
+
+    name = "finish"
+
+    def setup(self) -> None:
+        path = models.local(self.settings.model, self.storage)
+        self.backbone = Backbone.load(path, parts=("vae",), device=self.device)
+        packages = ("torch", "diffusers", "transformers", "ray", "av")
+        self.versions = json.dumps({"python": platform.python_version()} | {name: version(name) for name in packages})
+
+    def work(self, rows: list[Row], *, smaller: bool) -> list[Outcome]:
+        (row,) = rows
+        frames = self.backbone.decode(load(row["payload"])["latents"])
+        uri = join(self.settings.output, "videos", f"method={row['method']}", f"{row['sample_id']}.mp4")
+        tags = {name: row[name] for name in ("sample_id", "method", "model", "model_revision")} | {"comment": "AI-generated"}
+        with tempfile.TemporaryDirectory(prefix="vmt-") as folder:
+            local = Path(folder) / "video.mp4"
+            video.write(local, frames, row["fps"], tags=tags, crf=self.settings.video.crf, preset=self.settings.video.preset)
+            video.verify(local, frames=row["frames"], height=row["height"], width=row["width"])
+            self.storage.put(local, uri)
+            return [{"video_uri": uri, "video_bytes": local.stat().st_size, "video_sha256": sha256(local)}]
+
+    def output(self, rows: list[Row]) -> pa.Table:
+        """Result rows, each checked against its schema."""
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        results = []
+        for row in rows:
+            row |= {
+                "status": "ok" if row["error_code"] is None else "failed",
+                "versions": self.versions,
+                "run_id": self.run_id,
+                "finished_at": now,
+            }
+            row.pop("payload", None)
+            results.append(ResultRow.model_validate({k: v for k, v in row.items() if k in ResultRow.model_fields}).model_dump())
+        ray.get(self.tracker.finished.remote([row["error_code"] for row in results]))
+        return pa.Table.from_pylist(results, schema=ResultRow.arrow_schema())
+
+
+class Cache(Generic[V]):
+    """The last `most` values by key."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._values: OrderedDict[Hashable, V] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], V]) -> V:
+        """The value of a key, made if it is not there; what raises is not kept."""
+        if key not in self._values:
+            while len(self._values) >= self._most:  # first, so that old and new never share the memory
+                self._values.popitem(last=False)
+            self._values[key] = make()
+        self._values.move_to_end(key)
+        return self._values[key]
+
+
+def reference_key(row: Row) -> str:
+    """Names a reference as the model sees it: bytes, range, rate and size."""
+    end = row["end_frame"] if row["end_frame"] is not None else "end"
+    size = f"{row['width']}x{row['height']}x{row['frames']}"
+    return f"{row['reference_digest'][:24]}-{row['start_frame']}-{end}-{row['fps']:.6g}-{size}"
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """True for the ways in which torch and Python say it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
+    )
+
+
+_ALIKE = ("dtype", "method", "method_settings", "height", "width", "frames", "steps", "shift", "guidance_scale")
+
+
+def _note(row: Row, text: str) -> None:
+    row["notes"] = f"{row['notes']}; {text}" if row.get("notes") else text
+

@@ -1,0 +1,269 @@
+"""Every byte in and out: local paths and `s3://` through fsspec. No other module asks which of the two it is.
+
+A whole object appears at its final key or nothing does: local files are renamed into place, S3 objects are one PUT (or one
+completed multipart upload). Transient faults are retried with exponential backoff and jitter; what is permanent is raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import functools
+import hashlib
+import os
+import random
+import shutil
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import pyarrow.fs as pafs
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.spec import AbstractFileSystem
+
+from schemas.errors import ErrorCode, RowError
+from schemas.settings import StorageSettings
+
+T = TypeVar("T")
+_PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
+_PERMANENT_ERRNO = {errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG, errno.EDQUOT}
+_REMOTE = {"s3": "s3", "s3a": "s3"}
+
+
+class StorageUnavailable(OSError):
+    """A transient fault that outlasted its retries."""
+
+
+def scheme(uri: str) -> str:
+    """The scheme of a URI; plain paths are `file`."""
+    found = urlsplit(uri).scheme.lower()
+    return found if "://" in uri and found else "file"
+
+
+class Storage:
+    """File operations on URIs, with retries. Cheap to make and to pickle; connections are made on first use, per process."""
+
+    def __init__(self, settings: StorageSettings | None = None, sleep: Callable[[float], None] = time.sleep) -> None:
+        self.settings = settings or StorageSettings()
+        self._sleep = sleep
+
+    def filesystem(self, uri: str) -> tuple[AbstractFileSystem, str]:
+        """The fsspec filesystem of a URI and the path in it.
+
+        Raises:
+            RowError: a scheme that is not supported.
+        """
+        kind = scheme(uri)
+        if kind == "file":
+            return LocalFileSystem(auto_mkdir=True), os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
+        if kind not in _REMOTE:
+            raise RowError(ErrorCode.SCHEME_FORBIDDEN, f"{uri}: scheme {kind!r} is not supported (local paths and s3://)")
+        return _s3(self.settings), uri.split("://", 1)[1].rstrip("/")
+
+    def arrow(self, uri: str) -> tuple[pafs.FileSystem, str]:
+        """The pyarrow filesystem of a URI and the path in it."""
+        fs, path = self.filesystem(uri)
+        if isinstance(fs, LocalFileSystem):
+            return pafs.LocalFileSystem(), path
+        return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
+
+    def read(self, uri: str) -> bytes:
+        """A whole object."""
+        fs, path = self.filesystem(uri)
+        return self._retry(f"read {uri}", lambda: bytes(fs.cat_file(path)))
+
+    def write(self, uri: str, data: bytes) -> None:
+        """A whole object, atomically."""
+        fs, path = self.filesystem(uri)
+        if isinstance(fs, LocalFileSystem):
+            _write_local(path, lambda temporary: Path(temporary).write_bytes(data))
+        else:
+            self._retry(f"write {uri}", lambda: fs.pipe_file(path, data))
+
+    def create(self, uri: str, data: bytes) -> bool:
+        """Creates an object only if there is none; False if there is."""
+        fs, path = self.filesystem(uri)
+        try:
+            if isinstance(fs, LocalFileSystem):
+                Path(path).parent.mkdir(parents=True, exist_ok=True)
+                with open(path, "xb") as file:
+                    file.write(data)
+            else:
+                self._retry(f"create {uri}", lambda: fs.pipe_file(path, data, mode="create"))
+        except FileExistsError:
+            return bool(self.read(uri) == data)  # ours, if the reply to the first try was lost
+        return True
+
+    def put(self, local: str | Path, uri: str) -> None:
+        """Uploads a local file and checks the size that arrived."""
+        fs, path = self.filesystem(uri)
+        size = os.path.getsize(local)
+        if isinstance(fs, LocalFileSystem):
+            _write_local(path, lambda temporary: shutil.copyfile(local, temporary))
+            return
+
+        def upload() -> None:
+            fs.pipe_file(path, Path(local).read_bytes())
+            arrived = fs.info(path)["size"]
+            if arrived != size:
+                raise OSError(errno.EIO, f"{uri}: {arrived} of {size} bytes arrived")
+
+        self._retry(f"write {uri}", upload)
+
+    def fetch(self, uri: str, local: str | Path, *, most_bytes: float, digest: str | None = None) -> str:
+        """Downloads an object; returns the SHA-256 of its bytes.
+
+        Raises:
+            RowError: missing, forbidden, too large, unavailable, or (with `digest`) not the bytes that were expected.
+        """
+        try:
+            fs, path = self.filesystem(uri)
+            info = self._retry(f"look at {uri}", lambda: fs.info(path))
+            if info["type"] == "directory":
+                raise RowError(ErrorCode.REFERENCE_MISSING, f"{uri}: is a folder, not a video")
+            if info["size"] > most_bytes:
+                mib = info["size"] / 2**20
+                raise RowError(
+                    ErrorCode.REFERENCE_TOO_LARGE, f"{uri}: {mib:.1f} MiB is over limits.max_reference_mib={most_bytes / 2**20:g}"
+                )
+
+            def download() -> str:
+                fs.get_file(path, str(local))
+                size = os.path.getsize(local)
+                if size != info["size"]:
+                    raise OSError(errno.EIO, f"{uri}: {size} of {info['size']} bytes arrived")
+                found = sha256(local)
+                if digest is not None and found != digest:
+                    raise _Changed(found)
+                return found
+
+            return self._retry(f"read {uri}", download)
+        except _Changed as error:
+            raise RowError(
+                ErrorCode.REFERENCE_CHANGED,
+                f"{uri}: its bytes (sha256 {error.args[0][:12]}…) are not those that were planned ({str(digest)[:12]}…); plan again",
+            ) from error
+        except FileNotFoundError as error:
+            raise RowError(ErrorCode.REFERENCE_MISSING, f"{uri}: no such object") from error
+        except PermissionError as error:
+            raise RowError(ErrorCode.REFERENCE_FORBIDDEN, f"{uri}: access denied; check credentials and policy") from error
+        except OSError as error:
+            raise RowError(ErrorCode.STORAGE_UNAVAILABLE, str(error)) from error
+
+    def exists(self, uri: str) -> bool:
+        fs, path = self.filesystem(uri)
+        return self._retry(f"look at {uri}", lambda: bool(fs.exists(path)))
+
+    def find(self, uri: str) -> list[str]:
+        """All objects below a prefix, as URIs, sorted; empty if there is none."""
+        fs, path = self.filesystem(uri)
+        try:
+            found = self._retry(f"list {uri}", lambda: fs.find(path))
+        except FileNotFoundError:
+            return []
+        return sorted(self._uri(uri, name) for name in found)
+
+    def details(self, uri: str) -> dict[str, dict[str, Any]]:
+        """All objects below a prefix: path relative to it -> size and etag (S3) of each."""
+        fs, path = self.filesystem(uri)
+        found = self._retry(f"list {uri}", lambda: fs.find(path, detail=True))
+        return {str(PurePosixPath(name).relative_to(path)): info for name, info in found.items()}
+
+    def glob(self, pattern: str) -> list[str]:
+        """Objects that match a pattern, as URIs, sorted."""
+        fs, path = self.filesystem(pattern)
+        return sorted(self._uri(pattern, str(name)) for name in self._retry(f"list {pattern}", lambda: fs.glob(path)))
+
+    def is_folder(self, uri: str) -> bool:
+        fs, path = self.filesystem(uri)
+        return self._retry(f"look at {uri}", lambda: bool(fs.isdir(path)))
+
+    def delete(self, uri: str) -> None:
+        """Removes an object; none there is fine."""
+        fs, path = self.filesystem(uri)
+        try:
+            self._retry(f"delete {uri}", lambda: fs.rm_file(path))
+        except FileNotFoundError:
+            pass
+
+    def _uri(self, like: str, path: str) -> str:
+        kind = scheme(like)
+        return path if kind == "file" else f"{kind}://{path}"
+
+    def _retry(self, what: str, operation: Callable[[], T]) -> T:
+        """The operation's result; transient faults are tried again `settings.attempts` times in all."""
+        for attempt in range(1, self.settings.attempts + 1):
+            try:
+                return operation()
+            except Exception as error:
+                if not transient(error):
+                    raise
+                if attempt == self.settings.attempts:
+                    if isinstance(error, _Changed):
+                        raise
+                    raise StorageUnavailable(f"{what}: still failing after {attempt} tries: {describe(error)}") from error
+            self._sleep(min(20.0, 0.2 * 2**attempt) * random.uniform(0.5, 1.0))
+        raise AssertionError("unreachable")
+
+
+class _Changed(OSError):
+    """Bytes with another digest: perhaps corrupted on the way, so worth another download."""
+
+
+def transient(error: BaseException) -> bool:
+    """True for what another try may mend: timeouts, resets, 5xx, 429; False for what is permanent or a bug."""
+    if isinstance(error, _PERMANENT) or (isinstance(error, OSError) and error.errno in _PERMANENT_ERRNO):
+        return False
+    if isinstance(error, OSError | asyncio.TimeoutError | TimeoutError):
+        return True
+    return type(error).__module__.split(".")[0] in {"botocore", "aiobotocore", "aiohttp", "urllib3", "http"}
+
+
+def describe(error: BaseException) -> str:
+    """One line of an error, with its type."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def sha256(path: str | Path) -> str:
+    """Hex digest of a local file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def join(uri: str, *parts: str) -> str:
+    """A URI below another."""
+    return "/".join([uri.rstrip("/"), *parts])
+
+
+@functools.lru_cache(maxsize=8)
+def _s3(settings: StorageSettings) -> AbstractFileSystem:
+    """A connection of this process; listings are never cached, since other processes write too."""
+    import s3fs
+
+    return s3fs.S3FileSystem(
+        profile=settings.profile,
+        endpoint_url=settings.endpoint_url,
+        client_kwargs={"region_name": settings.region} if settings.region else {},
+        config_kwargs={
+            "connect_timeout": min(10, settings.timeout_s),
+            "read_timeout": settings.timeout_s,
+            "retries": {"max_attempts": 1, "mode": "standard"},
+        },
+        use_listings_cache=False,
+        skip_instance_cache=True,
+    )
+
+
+def _write_local(path: str, fill: Callable[[str], Any]) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    temporary = os.path.join(os.path.dirname(path), f".{os.path.basename(path)[:100]}.{uuid.uuid4().hex}.tmp")
+    try:
+        fill(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,160 @@
+"""The rows that flow: a reference, a manifest row (one video to make), a result row (what became of it).
+
+`arrow_schema` derives the Parquet schema of each, so that the pydantic model is the only definition.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import types
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from schemas.errors import ErrorCode
+
+SAMPLE_ID_PATTERN = r"^[0-9a-f]{32}$"
+
+
+class Row(BaseModel):
+    """A flat row of scalars; unknown columns are an error, values are never coerced between types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+    @classmethod
+    def arrow_schema(cls) -> pa.Schema:
+        """The Arrow schema of the row: one field per model field, nullable where the model allows None."""
+        return pa.schema([_arrow_field(name, field.annotation) for name, field in cls.model_fields.items()])
+
+
+class Reference(Row):
+    """A clip to take motion from, as a user lists it in a references table. Only `uri` is required."""
+
+    uri: str = Field(description="path or URL of the video")
+    start_frame: int = Field(default=0, ge=0, description="first frame that counts, in frames of the file")
+    end_frame: int | None = Field(default=None, ge=1, description="one past the last frame that counts; empty: to the end")
+    fps: float | None = Field(default=None, gt=0, description="frames per second to sample at; empty: as the file has")
+    caption: str | None = Field(default=None, description="what the clip shows")
+    category: str | None = Field(default=None, description="kind of motion, for tables and filters")
+    licence: str | None = Field(default=None, description="licence of the clip, carried through to the result")
+
+    @model_validator(mode="after")
+    def _range_is_not_empty(self) -> Self:
+        if self.end_frame is not None and self.end_frame <= self.start_frame:
+            raise ValueError(f"end_frame={self.end_frame} is not after start_frame={self.start_frame}")
+        return self
+
+
+class ManifestRow(Row):
+    """One video to make. `sample_id` is the digest of all that decides the video (see `decides`)."""
+
+    sample_id: str = Field(pattern=SAMPLE_ID_PATTERN)
+    reference_uri: str
+    reference_digest: str = Field(description="SHA-256 of the file's bytes")
+    start_frame: int = Field(ge=0)
+    end_frame: int | None = None
+    fps: float = Field(gt=0, description="frames per second of the sampled reference and of the result")
+    height: int = Field(ge=16, multiple_of=16)
+    width: int = Field(ge=16, multiple_of=16)
+    frames: int = Field(ge=5, description="4k+1")
+    prompt: str
+    negative_prompt: str = ""
+    method: str = Field(pattern=r"^[a-z0-9_]{1,64}$")
+    method_settings: str = Field(default="{}", description="JSON, complete: every setting of the method")
+    seed: int = Field(ge=0, lt=2**63)
+    steps: int = Field(ge=1, le=1000)
+    shift: float = Field(gt=0)
+    guidance_scale: float = Field(ge=0)
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    model: str
+    model_revision: str
+    video_version: int = Field(ge=1, description="bumped when a change of the code alters the videos")
+    caption: str | None = None
+    category: str | None = None
+    licence: str | None = None
+
+    @model_validator(mode="after")
+    def _frames_fit_the_vae(self) -> Self:
+        if self.frames % 4 != 1:
+            low = self.frames - (self.frames - 1) % 4
+            raise ValueError(f"frames={self.frames} is not 4k+1; use {low} or {low + 4}")
+        return self
+
+    @classmethod
+    def planned(cls, **values: Any) -> Self:
+        """A row with its `sample_id` computed from the other values."""
+        return cls(sample_id=sample_id(values), **values)
+
+
+#: Columns that say where something lies or what it is called, but do not change the video.
+NOT_DECISIVE = frozenset({"sample_id", "reference_uri", "model", "caption", "category", "licence"})
+
+
+def sample_id(values: dict[str, Any]) -> str:
+    """The identity of a video: 128 bits of SHA-256 over every deciding column, in a canonical JSON.
+
+    Missing columns count with the model's default, so that old manifests keep their ids.
+    """
+    decides = {
+        name: values.get(name, field.default)
+        for name, field in ManifestRow.model_fields.items()
+        if name not in NOT_DECISIVE
+    }
+    text = json.dumps(decides, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+class ResultRow(ManifestRow):
+    """What became of a manifest row: its columns, and how it ended. The table's only truth about what is done."""
+
+    status: Literal["ok", "failed"]
+    error_code: ErrorCode | None = None
+    error_message: str | None = None
+    stage: Literal["encode", "transfer", "finish"] | None = Field(default=None, description="where it failed")
+    attempts: int = Field(default=1, ge=1, description="times that work on the row began, worker deaths included")
+    notes: str | None = Field(default=None, description="repairs that did not fail the row, such as a smaller batch")
+    reference_video_uri: str | None = Field(default=None, description="the reference as the model saw it: cropped, resampled")
+    video_uri: str | None = None
+    video_bytes: int | None = None
+    video_sha256: str | None = None
+    seconds_encode: float | None = None
+    seconds_transfer: float | None = Field(default=None, description="the row's share of its batch")
+    seconds_finish: float | None = None
+    evaluations: int | None = Field(default=None, description="guidance gradients computed, each one forward + backward")
+    denoiser_calls: int | None = Field(default=None, description="full forwards of the denoiser")
+    skipped_gradients: int | None = Field(default=None, description="non-finite gradients that were not applied")
+    guidance_loss_first: float | None = None
+    guidance_loss_last: float | None = None
+    versions: str = Field(default="{}", description="JSON: versions of the packages that made the video")
+    run_id: str = ""
+    finished_at: str = Field(default="", description="UTC, ISO 8601")
+
+    @model_validator(mode="after")
+    def _failed_rows_say_why(self) -> Self:
+        if self.status == "failed" and (self.error_code is None or not self.error_message):
+            raise ValueError("a failed row needs error_code and error_message")
+        if self.status == "ok" and self.video_uri is None:
+            raise ValueError("an ok row needs video_uri")
+        return self
+
+
+_ARROW_TYPES: dict[type, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
+
+
+def _arrow_field(name: str, annotation: Any) -> pa.Field:
+    """One Arrow field from a scalar annotation; Optional makes it nullable, enums and literals are strings."""
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
+    nullable = False
+    if get_origin(annotation) in (Union, types.UnionType):
+        options = [option for option in get_args(annotation) if option is not type(None)]
+        nullable = len(options) < len(get_args(annotation))
+        (annotation,) = options
+    if get_origin(annotation) is Literal or (isinstance(annotation, type) and issubclass(annotation, StrEnum)):
+        annotation = str
+    if annotation not in _ARROW_TYPES:
+        raise TypeError(f"{name}: a row holds scalars only, not {annotation}")
+    return pa.field(name, _ARROW_TYPES[annotation], nullable=nullable)

@@ -1,0 +1,175 @@
+"""Every setting of every job, each with its unit in its name or description.
+
+A job's settings are a `JobSettings`: read from a YAML file (`--settings FILE`), then the environment (`VMT_…`, nested with
+`__`: `VMT_LIMITS__ROW_SECONDS=600`), then the command line (`--limits.row_seconds 600`); the later wins. See `cli.py`.
+Credentials are no settings: they come from the AWS environment or profile only, and are never written anywhere.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic.functional_validators import BeforeValidator
+
+
+class Section(BaseModel):
+    """A named group of settings."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class StorageSettings(Section):
+    """How object storage is reached. Local paths need none of it."""
+
+    endpoint_url: str | None = Field(default=None, description="S3 endpoint; default: AWS_ENDPOINT_URL or AWS itself")
+    profile: str | None = Field(default=None, description="AWS profile; default: AWS_PROFILE or the default chain")
+    region: str | None = Field(default=None, description="AWS region")
+    attempts: PositiveInt = Field(default=5, description="tries per storage operation, with exponential backoff")
+    timeout_s: PositiveFloat = Field(default=60, description="seconds without a byte before an operation is retried")
+
+
+class LimitSettings(Section):
+    """What a row may ask for; checked before anything is decoded or computed."""
+
+    schemes: tuple[str, ...] = Field(default=("file", "s3"), description="URI schemes that references may have")
+    max_reference_mib: PositiveFloat = Field(default=2048, description="size of a reference file, MiB")
+    max_frames: PositiveInt = Field(default=20_000, description="frames of a reference file")
+    max_duration_s: PositiveFloat = Field(default=1800, description="duration of a reference file, seconds")
+    max_pixels: PositiveInt = Field(default=3840 * 2160, description="width x height of a reference")
+    max_prompt_chars: PositiveInt = Field(default=2000, description="characters of a prompt")
+    row_seconds: PositiveFloat = Field(default=3600, description="wall-clock budget of one row in one stage, seconds")
+
+
+class StageSettings(Section):
+    """Resources of one actor pool."""
+
+    actors: PositiveInt = Field(default=1, description="actors in the pool (the minimum if max_actors is set)")
+    max_actors: PositiveInt | None = Field(default=None, description="let the pool grow up to this many; empty: fixed size")
+    cpus: NonNegativeFloat = Field(default=1, description="logical CPUs of one actor")
+    gpus: NonNegativeFloat = Field(default=0, description="GPUs of one actor; fractions share a GPU")
+    memory_gib: PositiveFloat | None = Field(default=None, description="memory reserved by one actor, GiB")
+    threads: PositiveInt | None = Field(default=None, description="torch threads of one actor; empty: its CPUs, at least 1")
+
+    @model_validator(mode="after")
+    def _max_is_not_below_min(self) -> Self:
+        if self.max_actors is not None and self.max_actors < self.actors:
+            raise ValueError(f"max_actors={self.max_actors} is less than actors={self.actors}")
+        return self
+
+
+class DenoiseSettings(StageSettings):
+    """Resources of the pool that runs the diffusion transformer, and how it runs it."""
+
+    batch_rows: PositiveInt = Field(default=4, description="rows of one size and method that are denoised together")
+    checkpoint: Literal["none", "selective", "full"] = Field(
+        default="selective", description="what guidance recomputes in its backward pass: nothing, all but attention, everything"
+    )
+    cfg: Literal["two_pass", "batched"] = Field(
+        default="two_pass", description="classifier-free guidance: two forwards, or one of twice the batch"
+    )
+
+
+class RaySettings(Section):
+    """Where the job runs."""
+
+    address: str | None = Field(default=None, description="cluster to join; default: RAY_ADDRESS, else a local Ray is started")
+    num_cpus: PositiveInt | None = Field(default=None, description="logical CPUs of a local Ray; default: what the pools need")
+    wait_s: NonNegativeFloat = Field(default=300, description="how long to wait for a cluster to offer what the pools need")
+    stall_s: PositiveFloat = Field(default=1800, description="stop if no row begins or ends for so long, seconds")
+
+
+class VideoSettings(Section):
+    """How results are encoded (H.264, yuv420p)."""
+
+    crf: int = Field(default=18, ge=0, le=51, description="constant rate factor; smaller is better and larger")
+    preset: str = Field(default="medium", description="x264 preset")
+
+
+def _comma_list(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+CommaStrings = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_list)]
+CommaInts = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_comma_list)]
+
+
+class JobSettings(BaseSettings):
+    """Base of all jobs' settings."""
+
+    model_config = SettingsConfigDict(
+        extra="forbid",
+        frozen=True,
+        env_prefix="VMT_",
+        env_nested_delimiter="__",
+        protected_namespaces=(),
+        nested_model_default_partial_update=True,
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_kebab_case=True,
+        cli_exit_on_error=False,
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings, env_settings, YamlConfigSettingsSource(settings_cls))
+
+
+class PlanSettings(JobSettings):
+    """references x prompts x seeds x methods -> a manifest, one row per video to make."""
+
+    references: str = Field(description="folder, glob, s3:// prefix, or a references table (.parquet, .csv, .jsonl)")
+    prompts: str = Field(description="text file, one prompt a line")
+    methods: CommaStrings = Field(default=("fastvmt",), description="methods, comma separated")
+    seeds: CommaInts = Field(default=(0,), description="seeds, comma separated")
+    output: str = Field(description="folder or prefix of the manifest to write")
+    model: str = Field(default="wan-nano", description="wan-nano, a local diffusers folder, a hub id, or an s3:// prefix")
+    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="precision of the transformer")
+    preset: str | None = Field(default=None, description="methods' preset: default, paper or nano; empty: the model's own")
+    method_settings: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="overrides by method, e.g. {fastvmt: {guidance: {inner: 5}}} (YAML only)"
+    )
+    height: PositiveInt | None = Field(default=None, description="pixels, a multiple of 16; empty: the model's own")
+    width: PositiveInt | None = Field(default=None, description="pixels, a multiple of 16; empty: the model's own")
+    frames: PositiveInt | None = Field(default=None, description="4k+1, fewer for shorter clips; empty: the model's own")
+    fps: PositiveFloat | None = Field(default=None, description="sample references at this rate; empty: as each file has")
+    steps: PositiveInt | None = Field(default=None, description="denoising steps; empty: the model's own")
+    shift: PositiveFloat | None = Field(default=None, description="flow-matching shift; empty: the model's own")
+    guidance_scale: NonNegativeFloat | None = Field(default=None, description="classifier-free guidance; empty: the model's own")
+    negative_prompt: str = Field(default="", description="what the videos should not show")
+    skip_bad: bool = Field(default=False, description="leave bad clips out instead of stopping")
+    tflops: PositiveFloat = Field(default=400, description="sustained TFLOP/s of one GPU, for the estimate of GPU hours")
+    storage: StorageSettings = StorageSettings()
+    limits: LimitSettings = LimitSettings()
+
+
+class TransferSettings(JobSettings):
+    """A manifest -> videos and result rows. Run it again to make only what is missing."""
+
+    manifest: str = Field(description="manifest to run: a Parquet file, folder or prefix that plan wrote")
+    output: str = Field(description="folder or prefix for videos/, results/ and run/")
+    model: str = Field(default="wan-nano", description="where the weights are; must hold the revision that was planned")
+    limit: PositiveInt | None = Field(default=None, description="make at most this many of the missing rows")
+    retry_failed: bool = Field(default=False, description="forget the manifest's failed rows first, and try them again")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where the stage has GPUs")
+    encode: StageSettings = StageSettings()
+    transfer: DenoiseSettings = DenoiseSettings()
+    finish: StageSettings = StageSettings()
+    rows_per_block: PositiveInt | None = Field(
+        default=None, description="rows that are committed together; empty: transfer.batch_rows"
+    )
+    video: VideoSettings = VideoSettings()
+    storage: StorageSettings = StorageSettings()
+    limits: LimitSettings = LimitSettings()
+    ray: RaySettings = RaySettings()
+    progress_s: PositiveFloat = Field(default=5, description="seconds between progress lines")
+    stages: str = Field(default="pipelines.stages", description="module of the stage actors; benchmarks replace it")

@@ -1,0 +1,197 @@
+"""Wan 2.1 as this project uses it: load parts of it, pixels <-> latents, captions, velocity, features.
+
+    Backbone.load("wan-nano" | folder | hub id)  ->  encode · decode · caption · velocity · features
+
+diffusers layout; safetensors only. The VAE runs in fp32, the transformer and the text encoder in `dtype`; latents are fp32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+from torch import Tensor
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from vmt_core.backbone import nano, taps
+from vmt_core.backbone.geometry import Geometry, Tap
+from vmt_core.shapes import Frames, LatentBatch, Latents, Text, TextBatch
+
+Part = Literal["transformer", "vae", "text"]
+ALL_PARTS: tuple[Part, ...] = ("transformer", "vae", "text")
+TEXT_LENGTH = 512  # tokens; Wan 2.1 was trained on zero-padded captions of this length
+_WEIGHTS = ["*.json", "*.safetensors", "*.model", "*.txt"]  # never a pickle
+
+
+@dataclass
+class Backbone:
+    """A loaded Wan, or the parts of it that were asked for."""
+
+    path: Path
+    device: torch.device
+    dtype: torch.dtype
+    checkpoint_policy: taps.CheckpointName = "selective"
+    parts: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        *,
+        parts: Sequence[Part] = ALL_PARTS,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.bfloat16,
+        checkpoint_policy: taps.CheckpointName = "selective",
+    ) -> Backbone:
+        """Loads the parts of a model in diffusers layout; weights are frozen and in eval mode.
+
+        Raises:
+            FileNotFoundError: no such folder, or it lacks a part.
+            ValueError: not a Wan 2.1 text-to-video model.
+        """
+        path = locate(model)
+        device = torch.device(device)
+        self = cls(path, device, dtype, checkpoint_policy)
+        safe: dict[str, Any] = {"use_safetensors": True}
+        if "transformer" in parts:
+            transformer = WanTransformer3DModel.from_pretrained(path, subfolder="transformer", torch_dtype=dtype, **safe)
+            config = transformer.config
+            if config.image_dim is not None or config.in_channels != config.out_channels or (path / "transformer_2").exists():
+                raise ValueError(f"{model}: only Wan 2.1 text-to-video is supported, not image-to-video or Wan 2.2")
+            self.parts["transformer"] = transformer.eval().requires_grad_(False).to(device)
+        if "vae" in parts:
+            vae = AutoencoderKLWan.from_pretrained(path, subfolder="vae", torch_dtype=torch.float32, **safe)
+            self.parts["vae"] = vae.eval().requires_grad_(False).to(device)
+        if "text" in parts:
+            text = UMT5EncoderModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype, **safe)
+            self.parts["text"] = text.eval().requires_grad_(False).to(device)
+            self.parts["tokenizer"] = AutoTokenizer.from_pretrained(path / "tokenizer")
+        return self
+
+    @property
+    def transformer(self) -> WanTransformer3DModel:
+        return self.parts["transformer"]  # type: ignore[no-any-return]
+
+    @property
+    def patch(self) -> tuple[int, ...]:
+        return tuple(self.transformer.config.patch_size)
+
+    def geometry(self, latents: Tensor) -> Geometry:
+        """Token grid of latents (…, F, H, W)."""
+        return Geometry.of_latents(latents.shape, self.patch)
+
+    @torch.no_grad()
+    def encode(self, frames: Frames) -> Latents:
+        """Pixels to normalised latents, fp32 on the CPU: posterior mode, (mode - latents_mean) / latents_std.
+
+        Args:
+            frames: (T, 3, H, W) uint8, T = 4k+1, H and W multiples of 16.
+        """
+        vae = self.parts["vae"]
+        pixels = frames.to(self.device, torch.float32).div_(127.5).sub_(1).transpose(0, 1).unsqueeze(0)  # (1, 3, T, H, W)
+        latents = vae.encode(pixels).latent_dist.mode()
+        mean, std = self._statistics()
+        return ((latents - mean) / std)[0].float().cpu()
+
+    @torch.no_grad()
+    def decode(self, latents: Latents) -> Frames:
+        """Normalised latents (C, F, H, W) to pixels (4F-3, 3, 8H, 8W), uint8 on the CPU."""
+        mean, std = self._statistics()
+        pixels = self.parts["vae"].decode(latents.to(self.device, torch.float32).unsqueeze(0) * std + mean).sample[0]
+        return pixels.clamp_(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8).transpose(0, 1).cpu()
+
+    @torch.no_grad()
+    def caption(self, prompt: str) -> Text:
+        """UMT5 embedding of a prompt: its valid tokens only (at most 512), on the CPU; `pad` makes a batch of them.
+
+        One prompt a call, so that an embedding never depends on its neighbours in a batch.
+        """
+        tokens = self.parts["tokenizer"](
+            [prompt_clean(prompt)],
+            padding="max_length",
+            max_length=TEXT_LENGTH,
+            truncation=True,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
+        embedding = self.parts["text"](ids, mask).last_hidden_state[0]
+        return embedding[: int(mask.sum())].to(self.dtype).cpu()  # type: ignore[no-any-return]
+
+    def pad(self, captions: Sequence[Text]) -> TextBatch:
+        """Captions as a batch (B, 512, dim) on the device; zeros after the last valid token, as Wan was trained."""
+        batch = captions[0].new_zeros(len(captions), TEXT_LENGTH, captions[0].shape[1])
+        for row, caption in zip(batch, captions, strict=True):
+            row[: len(caption)] = caption
+        return batch.to(self.device, self.dtype)
+
+    def velocity(self, latents: LatentBatch, timestep: Tensor, text: TextBatch) -> LatentBatch:
+        """v = eps - z of a batch, fp32; the transformer sees the latents in its own dtype."""
+        out = self.transformer(latents.to(self.dtype), timestep, text, return_dict=False)[0]
+        return out.float()  # type: ignore[no-any-return]
+
+    def features(
+        self, latents: LatentBatch, timestep: Tensor, text: TextBatch, at: Sequence[Tap]
+    ) -> taps.BatchedFeatures:
+        """Features of a batch at the taps, with an early exit; see `taps.features`."""
+        return taps.features(self.transformer, latents, timestep, text, at, checkpoint_policy=self.checkpoint_policy)
+
+    def _statistics(self) -> tuple[Tensor, Tensor]:
+        """latents_mean and latents_std, each (1, C, 1, 1, 1)."""
+        config = self.parts["vae"].config
+        mean, std = (
+            torch.tensor(values, dtype=torch.float32, device=self.device).view(1, -1, 1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        return mean, std
+
+
+def locate(model: str) -> Path:
+    """The local folder of a model: `wan-nano`, a folder, or a hub id (from the cache, else downloaded).
+
+    Raises:
+        FileNotFoundError: neither; says what was tried.
+    """
+    if model == nano.NAME:
+        return nano.folder()
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "model_index.json").is_file():
+            raise FileNotFoundError(f"{path}: no model_index.json, so no model in diffusers layout")
+        return path
+    if model.count("/") != 1 or model.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{model}: no such folder (use wan-nano, a folder in diffusers layout, or a hub id)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=_WEIGHTS))
+    except Exception as error:
+        raise FileNotFoundError(f"{model}: not a local folder, and the hub did not give it: {error}") from error
+
+
+def revision(path: Path) -> str:
+    """Identity of the weights in a folder: 16 hex digits over every file's name, size and content.
+
+    Files over 64 MiB count with 64 evenly spaced samples of 1 MiB, so that 28 GB take seconds.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")):
+        if file.suffix not in {".json", ".safetensors", ".model", ".txt"}:
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path).as_posix()}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            if size <= 64 << 20:
+                digest.update(stream.read())
+                continue
+            for sample in range(64):
+                stream.seek((size - (1 << 20)) * sample // 63)
+                digest.update(stream.read(1 << 20))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,112 @@
+"""METHODS: name -> Method, the registry that everything else reads.
+
+A method is what guides the sampling (or nothing) and where the sampling starts. `METHODS["fastvmt"]()` gives the recommended
+settings; presets and single settings can be changed: `METHODS["fastvmt"](preset="paper", guidance={"inner": 5})`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from vmt_core.guidance import Guidance
+from vmt_core.motion.amf import FullAMF, WindowedAMF
+
+PRESETS = ("default", "paper", "nano")
+#: Bumped whenever a change of this package alters the videos: part of every row's identity.
+VIDEO_VERSION = 1
+
+Group = Mapping[str, Any] | None
+
+
+class Start(BaseModel):
+    """Where sampling starts: pure noise, or the reference noised to the first sigma of a schedule from `strength`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    kind: Literal["noise", "sdedit"] = "noise"
+    strength: float = Field(default=1.0, gt=0, le=1, description="sdedit: u of the first step; 1 is (almost) pure noise")
+
+
+class Method(BaseModel):
+    """A way to transfer motion."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    guidance: Guidance | None = None
+    start: Start = Start()
+
+    def settings(self) -> dict[str, Any]:
+        """Every setting, JSON-able, such that `METHODS[name](**settings)` is this method again."""
+        groups: dict[str, Any] = {"start": self.start.model_dump(mode="json")}
+        if self.guidance is not None:
+            groups["guidance"] = self.guidance.model_dump(mode="json", exclude={"objective"})
+            groups["objective"] = self.guidance.objective.model_dump(mode="json")
+        return groups
+
+
+def fastvmt(preset: str = "default", *, objective: Group = None, guidance: Group = None, start: Group = None) -> Method:
+    """FastVMT (arXiv 2602.05551): windowed AMF, 10 updates a guided step with a gradient at every third."""
+    objectives: dict[str, dict[str, Any]] = {
+        "default": {},
+        "paper": {"temperature": 1.0, "drift": "absolute"},
+        "nano": {"block": 5, "window": 9},
+    }
+    guidances: dict[str, dict[str, Any]] = {"paper": {"level": "step"}}
+    starts: dict[str, dict[str, Any]] = {"paper": {"kind": "sdedit", "strength": 0.92}}
+    return Method(
+        name="fastvmt",
+        guidance=Guidance(
+            objective=WindowedAMF(**_choose(objectives, preset, objective)), **_choose(guidances, preset, guidance)
+        ),
+        start=Start(**_choose(starts, preset, start)),
+    )
+
+
+def ditflow(preset: str = "default", *, objective: Group = None, guidance: Group = None, start: Group = None) -> Method:
+    """DiTFlow (arXiv 2412.07776): AMF over all frame pairs, 5 updates a guided step, each with its own gradient."""
+    objectives: dict[str, dict[str, Any]] = {"default": {}, "paper": {"reference": "hard"}, "nano": {"block": 5}}
+    guidances: dict[str, dict[str, Any]] = {}
+    defaults = {"inner": 5, "interval": 1, "learning_rate": (0.002, 0.001), "decay": "outer"}
+    return Method(
+        name="ditflow",
+        guidance=Guidance(
+            objective=FullAMF(**_choose(objectives, preset, objective)),
+            **(defaults | _choose(guidances, preset, guidance)),
+        ),
+        start=Start(**_choose({}, preset, start)),
+    )
+
+
+def none(preset: str = "default", *, start: Group = None) -> Method:
+    """Plain sampling, what the prompt alone gives: the baseline of every comparison."""
+    return Method(name="none", start=Start(**_choose({}, preset, start)))
+
+
+METHODS: dict[str, Callable[..., Method]] = {"fastvmt": fastvmt, "ditflow": ditflow, "none": none}
+
+
+def build(name: str, settings: Mapping[str, Any]) -> Method:
+    """The method of a name with settings by group, as a manifest row holds them.
+
+    Raises:
+        ValueError: no such method, group or setting, or a wrong value; one line that names it.
+    """
+    if name not in METHODS:
+        raise ValueError(f"method {name!r} is not one of {', '.join(sorted(METHODS))}")
+    try:
+        return METHODS[name](**settings)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        raise ValueError(f"method {name}: {faults}") from error
+    except TypeError as error:  # a group that the method does not have
+        raise ValueError(f"method {name}: {error}") from error
+
+
+def _choose(presets: Mapping[str, dict[str, Any]], preset: str, overrides: Group) -> dict[str, Any]:
+    if preset not in PRESETS:
+        raise ValueError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
+    return presets.get(preset, {}) | dict(overrides or {})

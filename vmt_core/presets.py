@@ -1,0 +1,30 @@
+"""What a model is made for: size, rate and sampling that `plan` takes where the user says nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vmt_core.backbone import nano
+
+
+@dataclass(frozen=True)
+class Native:
+    """A model's own defaults. Pixels, frames (4k+1), frames per second."""
+
+    height: int
+    width: int
+    frames: int
+    fps: float
+    steps: int
+    shift: float
+    guidance_scale: float
+    preset: str  # of the methods
+
+
+WAN = Native(480, 832, 81, 16.0, steps=50, shift=5.0, guidance_scale=5.0, preset="default")
+NANO = Native(192, 192, 17, 12.0, steps=20, shift=3.0, guidance_scale=4.0, preset="nano")
+
+
+def native(model: str) -> Native:
+    """The defaults of a model."""
+    return NANO if model == nano.NAME else WAN

@@ -1,0 +1,186 @@
+"""MotionTransfer: the class that a notebook user meets.
+
+    transfer = MotionTransfer(Backbone.load("wan-nano"), METHODS["fastvmt"](preset="nano"))
+    artifact = transfer.prepare(read_video("clip.mp4", …))          # once per reference
+    videos   = transfer.transfer(artifact, ["a red ball"], seeds=[0])
+
+The pipeline runs the same steps in three actors: `Backbone.encode` and `caption`, then `describe` and `denoise`, then `decode`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vmt_core.backbone import taps
+from vmt_core.backbone.sampler import Schedule, denoiser_calls, noise, noised, sample
+from vmt_core.backbone.wan import Backbone
+from vmt_core.guidance import Guidance, GuidanceLog, optimise
+from vmt_core.methods import Method
+from vmt_core.shapes import Frames, LatentBatch, Latents, Motion, Text
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a video is sampled."""
+
+    steps: int = 50
+    shift: float = 5.0
+    guidance_scale: float = 5.0
+    cfg: Literal["two_pass", "batched"] = "two_pass"
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What is kept of a reference: its latents, the empty caption, and its motion as the method's objective sees it."""
+
+    latents: Latents
+    empty: Text
+    motion: Motion = field(default_factory=dict)
+    method: str = "none"
+
+    def save(self, path: str | Path) -> None:
+        """Writes a safetensors file."""
+        tensors = {"latents": self.latents, "empty": self.empty} | {f"motion.{k}": v for k, v in self.motion.items()}
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, path, metadata={"method": self.method})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Artifact:
+        """Reads what `save` wrote."""
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            method = (file.metadata() or {}).get("method", "none")
+        motion = {name.removeprefix("motion."): value for name, value in tensors.items() if name.startswith("motion.")}
+        return cls(tensors["latents"], tensors["empty"], motion, method)
+
+
+@dataclass(frozen=True)
+class Denoised:
+    """Latents of a batch, and what making each of them took."""
+
+    latents: Float[Tensor, "batch channels frames height width"]
+    logs: list[GuidanceLog]
+    denoiser_calls: int
+
+
+class MotionTransfer:
+    """Transfers motion by one method on one backbone.
+
+    Raises:
+        ValueError: the method reads a block that the transformer does not have.
+    """
+
+    def __init__(self, backbone: Backbone, method: Method, sampling: Sampling | None = None) -> None:
+        self.backbone = backbone
+        self.method = method
+        self.sampling = sampling or Sampling()
+        start = method.start
+        strength = start.strength if start.kind == "sdedit" else 1.0
+        self.schedule = Schedule.shifted(self.sampling.steps, self.sampling.shift, strength)
+        if method.guidance is not None:
+            block = max(tap.block for tap in method.guidance.objective.taps)
+            blocks = backbone.transformer.config.num_layers
+            if block >= blocks:
+                raise ValueError(
+                    f"{method.name} reads block {block}, but this model has blocks 0..{blocks - 1}: "
+                    f"use preset 'nano' or objective.block"
+                )
+
+    def prepare(self, frames: Frames) -> Artifact:
+        """A reference's artifact from its pixels (T, 3, H, W), T = 4k+1; serves any number of prompts and seeds."""
+        return self.describe(self.backbone.encode(frames), self.backbone.caption(""))
+
+    @torch.no_grad()
+    def describe(self, latents: Latents, empty: Text) -> Artifact:
+        """A reference's artifact from its latents and the embedding of the empty caption."""
+        guidance = self.method.guidance
+        motion: Motion = {}
+        if guidance is not None and guidance.level == "clean":
+            motion = self._motion(guidance, latents.to(self.backbone.device), sigma=0.0, empty=empty)
+        return Artifact(latents, empty, motion, self.method.name)
+
+    def transfer(
+        self, artifact: Artifact, prompts: Sequence[str], seeds: Sequence[int], negative_prompt: str = ""
+    ) -> list[Frames]:
+        """Videos for every prompt with every seed, prompt-major; each (T, 3, H, W) uint8."""
+        pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
+        captions = {prompt: self.backbone.caption(prompt) for prompt in prompts}
+        negative = self.backbone.caption(negative_prompt)
+        denoised = self.denoise(
+            [artifact] * len(pairs),
+            [captions[prompt] for prompt, _ in pairs],
+            [negative] * len(pairs),
+            [seed for _, seed in pairs],
+        )
+        return [self.backbone.decode(latents) for latents in denoised.latents]
+
+    def denoise(
+        self, artifacts: Sequence[Artifact], texts: Sequence[Text], negatives: Sequence[Text], seeds: Sequence[int]
+    ) -> Denoised:
+        """Latents of a batch of rows of one size; each row has its own reference, caption, seed and guidance.
+
+        A row's result does not depend on its neighbours: its noise comes from a CPU generator of its seed alone.
+        """
+        device = self.backbone.device
+        draws = [noise(seed, artifact.latents.shape, draws=2) for artifact, seed in zip(artifacts, seeds, strict=True)]
+        latents = torch.stack([eps for eps, _ in draws]).to(device)
+        reference = torch.stack([artifact.latents for artifact in artifacts]).to(device)
+        if self.method.start.kind == "sdedit":
+            latents = noised(reference, latents, float(self.schedule.sigmas[0]))
+        text, negative = self.backbone.pad(texts), self.backbone.pad(negatives)
+        logs = [GuidanceLog() for _ in artifacts]
+        reference_noise = torch.stack([eps for _, eps in draws])
+        guidance = self.method.guidance
+
+        def edit(step: int, x: LatentBatch) -> LatentBatch:
+            assert guidance is not None
+            if step >= guidance.guided_steps(self.schedule.steps):
+                return x
+            motions = [artifact.motion for artifact in artifacts]
+            if guidance.level == "step":
+                sigma = float(self.schedule.sigmas[step])
+                at_sigma = noised(reference, reference_noise.to(device), sigma)
+                motions = [
+                    self._motion(guidance, z, sigma=sigma, empty=artifact.empty)
+                    for z, artifact in zip(at_sigma, artifacts, strict=True)
+                ]
+            timestep = self.schedule.timesteps[step].to(device).expand(len(x))
+
+            def losses(y: LatentBatch) -> Float[Tensor, " batch"]:
+                features = self.backbone.features(y, timestep, text, guidance.objective.taps)
+                geometry = self.backbone.geometry(y)
+                return torch.stack(
+                    [guidance.objective.loss(taps.row(features, i), motions[i], geometry) for i in range(len(y))]
+                )
+
+            rates = guidance.learning_rates(step, self.schedule.steps)
+            return optimise(x, losses, rates, guidance.interval, logs)
+
+        latents = sample(
+            self.backbone.velocity,
+            latents,
+            self.schedule,
+            text,
+            negative,
+            guidance_scale=self.sampling.guidance_scale,
+            cfg=self.sampling.cfg,
+            edit=edit if guidance is not None else None,
+        )
+        return Denoised(latents.cpu(), logs, denoiser_calls(self.schedule, self.sampling.guidance_scale))
+
+    def _motion(self, guidance: Guidance, latents: Latents, *, sigma: float, empty: Text) -> Motion:
+        """The reference's motion from its latents at noise level sigma, read with the empty caption."""
+        timestep = torch.full((1,), 1000 * sigma, device=self.backbone.device)
+        with torch.no_grad():
+            features = self.backbone.features(
+                latents.unsqueeze(0), timestep, self.backbone.pad([empty]), guidance.objective.taps
+            )
+            return guidance.objective.encode(taps.row(features, 0), self.backbone.geometry(latents))
