@@ -71,6 +71,7 @@ class Stage(ABC):
             torch.use_deterministic_algorithms(True, warn_only=True)
         self.setup()
 
+    @abstractmethod
     def setup(self) -> None:
         """Loads what the stage needs, once."""
 
@@ -157,7 +158,11 @@ class Stage(ABC):
                 elif not memory:
                     return [RowError(ErrorCode.INTERNAL, describe(error))]
                 elif smaller:
-                    return [RowError(ErrorCode.OUT_OF_MEMORY, f"{describe(error)}; lower the size, or give the stage more memory")]
+                    return [
+                        RowError(
+                            ErrorCode.OUT_OF_MEMORY, f"{describe(error)}; lower the size, or give the stage more memory"
+                        )
+                    ]
                 else:
                     _note(group[0], f"{self.name}: with less memory, after running out of it")
                     continue
@@ -165,7 +170,12 @@ class Stage(ABC):
         raise AssertionError("unreachable")
 
     def _fail(self, row: Row, error: RowError) -> None:
-        row |= {"error_code": error.code.value, "error_message": error.message[:2000], "stage": self.name, "payload": None}
+        row |= {
+            "error_code": error.code.value,
+            "error_message": error.message[:2000],
+            "stage": self.name,
+            "payload": None,
+        }
 
 
 class Encode(Stage):
@@ -188,7 +198,8 @@ class Encode(Stage):
         for text in (row["prompt"], row["negative_prompt"]):
             if len(text) > limits.max_prompt_chars:
                 raise RowError(
-                    ErrorCode.PROMPT_TOO_LONG, f"{len(text)} characters are over limits.max_prompt_chars={limits.max_prompt_chars}"
+                    ErrorCode.PROMPT_TOO_LONG,
+                    f"{len(text)} characters are over limits.max_prompt_chars={limits.max_prompt_chars}",
                 )
         backbone = self.backbones.get(row["dtype"], lambda: self.load(getattr(torch, row["dtype"])))
         reference = self.references.get(reference_key(row), lambda: self._reference(backbone, row))
@@ -208,10 +219,14 @@ class Encode(Stage):
         try:
             if scheme(uri) not in limits.schemes:
                 allowed = ", ".join(limits.schemes)
-                raise RowError(ErrorCode.SCHEME_FORBIDDEN, f"{uri}: scheme {scheme(uri)!r} is not in limits.schemes ({allowed})")
+                raise RowError(
+                    ErrorCode.SCHEME_FORBIDDEN, f"{uri}: scheme {scheme(uri)!r} is not in limits.schemes ({allowed})"
+                )
             with tempfile.TemporaryDirectory(prefix="vmt-") as folder:
                 local = Path(folder) / "reference"
-                self.storage.fetch(uri, local, most_bytes=limits.max_reference_mib * 2**20, digest=row["reference_digest"])
+                self.storage.fetch(
+                    uri, local, most_bytes=limits.max_reference_mib * 2**20, digest=row["reference_digest"]
+                )
                 frames = video.read(
                     local,
                     height=row["height"],
@@ -225,7 +240,9 @@ class Encode(Stage):
                 shown = join(self.settings.output, "references", f"{reference_key(row)}.mp4")
                 if not self.storage.exists(shown):
                     clip = Path(folder) / "shown.mp4"
-                    video.write(clip, frames, row["fps"], crf=self.settings.video.crf, preset=self.settings.video.preset)
+                    video.write(
+                        clip, frames, row["fps"], crf=self.settings.video.crf, preset=self.settings.video.preset
+                    )
                     self.storage.put(clip, shown)
         except RowError as error:
             if error.code.transient:
@@ -309,10 +326,14 @@ class Finish(Stage):
         (row,) = rows
         frames = self.backbone.decode(load(row["payload"])["latents"])
         uri = join(self.settings.output, "videos", f"method={row['method']}", f"{row['sample_id']}.mp4")
-        tags = {name: row[name] for name in ("sample_id", "method", "model", "model_revision")} | {"comment": "AI-generated"}
+        tags = {name: row[name] for name in ("sample_id", "method", "model", "model_revision")} | {
+            "comment": "AI-generated"
+        }
         with tempfile.TemporaryDirectory(prefix="vmt-") as folder:
             local = Path(folder) / "video.mp4"
-            video.write(local, frames, row["fps"], tags=tags, crf=self.settings.video.crf, preset=self.settings.video.preset)
+            video.write(
+                local, frames, row["fps"], tags=tags, crf=self.settings.video.crf, preset=self.settings.video.preset
+            )
             video.verify(local, frames=row["frames"], height=row["height"], width=row["width"])
             self.storage.put(local, uri)
             return [{"video_uri": uri, "video_bytes": local.stat().st_size, "video_sha256": sha256(local)}]
@@ -329,7 +350,9 @@ class Finish(Stage):
                 "finished_at": now,
             }
             row.pop("payload", None)
-            results.append(ResultRow.model_validate({k: v for k, v in row.items() if k in ResultRow.model_fields}).model_dump())
+            results.append(
+                ResultRow.model_validate({k: v for k, v in row.items() if k in ResultRow.model_fields}).model_dump()
+            )
         ray.get(self.tracker.finished.remote([row["error_code"] for row in results]))
         return pa.Table.from_pylist(results, schema=ResultRow.arrow_schema())
 
@@ -370,4 +393,3 @@ _ALIKE = ("dtype", "method", "method_settings", "height", "width", "frames", "st
 
 def _note(row: Row, text: str) -> None:
     row["notes"] = f"{row['notes']}; {text}" if row.get("notes") else text
-

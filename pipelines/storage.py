@@ -7,6 +7,7 @@ completed multipart upload). Transient faults are retried with exponential backo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import functools
 import hashlib
@@ -60,7 +61,9 @@ class Storage:
         if kind == "file":
             return LocalFileSystem(auto_mkdir=True), os.path.abspath(os.path.expanduser(uri.removeprefix("file://")))
         if kind not in _REMOTE:
-            raise RowError(ErrorCode.SCHEME_FORBIDDEN, f"{uri}: scheme {kind!r} is not supported (local paths and s3://)")
+            raise RowError(
+                ErrorCode.SCHEME_FORBIDDEN, f"{uri}: scheme {kind!r} is not supported (local paths and s3://)"
+            )
         return _s3(self.settings), uri.split("://", 1)[1].rstrip("/")
 
     def arrow(self, uri: str) -> tuple[pafs.FileSystem, str]:
@@ -127,7 +130,8 @@ class Storage:
             if info["size"] > most_bytes:
                 mib = info["size"] / 2**20
                 raise RowError(
-                    ErrorCode.REFERENCE_TOO_LARGE, f"{uri}: {mib:.1f} MiB is over limits.max_reference_mib={most_bytes / 2**20:g}"
+                    ErrorCode.REFERENCE_TOO_LARGE,
+                    f"{uri}: {mib:.1f} MiB is over limits.max_reference_mib={most_bytes / 2**20:g}",
                 )
 
             def download() -> str:
@@ -149,7 +153,9 @@ class Storage:
         except FileNotFoundError as error:
             raise RowError(ErrorCode.REFERENCE_MISSING, f"{uri}: no such object") from error
         except PermissionError as error:
-            raise RowError(ErrorCode.REFERENCE_FORBIDDEN, f"{uri}: access denied; check credentials and policy") from error
+            raise RowError(
+                ErrorCode.REFERENCE_FORBIDDEN, f"{uri}: access denied; check credentials and policy"
+            ) from error
         except OSError as error:
             raise RowError(ErrorCode.STORAGE_UNAVAILABLE, str(error)) from error
 
@@ -184,10 +190,8 @@ class Storage:
     def delete(self, uri: str) -> None:
         """Removes an object; none there is fine."""
         fs, path = self.filesystem(uri)
-        try:
+        with contextlib.suppress(FileNotFoundError):
             self._retry(f"delete {uri}", lambda: fs.rm_file(path))
-        except FileNotFoundError:
-            pass
 
     def _uri(self, like: str, path: str) -> str:
         kind = scheme(like)
@@ -204,7 +208,9 @@ class Storage:
                 if attempt == self.settings.attempts:
                     if isinstance(error, _Changed):
                         raise
-                    raise StorageUnavailable(f"{what}: still failing after {attempt} tries: {describe(error)}") from error
+                    raise StorageUnavailable(
+                        f"{what}: still failing after {attempt} tries: {describe(error)}"
+                    ) from error
             self._sleep(min(20.0, 0.2 * 2**attempt) * random.uniform(0.5, 1.0))
         raise AssertionError("unreachable")
 

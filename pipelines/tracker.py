@@ -46,7 +46,9 @@ class Snapshot:
 class Tracker:
     """One per run, as a Ray actor without resources. Time and the list of living nodes are injected."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic, nodes: Callable[[], set[str]] | None = None) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, nodes: Callable[[], set[str]] | None = None
+    ) -> None:
         self._clock = clock
         self._nodes = nodes or _living_nodes
         self._begun: dict[tuple[str, str], _Begun] = {}
@@ -136,7 +138,9 @@ while True:
 """
 
     def __init__(self) -> None:
-        self._child = subprocess.Popen([sys.executable, "-S", "-c", self._CHILD, str(os.getpid())], stdin=subprocess.PIPE)
+        self._child = subprocess.Popen(
+            [sys.executable, "-S", "-c", self._CHILD, str(os.getpid())], stdin=subprocess.PIPE
+        )
 
     def arm(self, seconds: float) -> None:
         """Kill this process in so many seconds."""
@@ -150,4 +154,3 @@ while True:
         assert self._child.stdin is not None
         self._child.stdin.write(f"{seconds}\n".encode())
         self._child.stdin.flush()
-

@@ -29,12 +29,12 @@ def load(cls: type[S], argv: list[str] | None = None) -> S:
     argv = [word for word in argv if word != "--print-settings"]
     argv, path = _take_option(argv, "--settings")
     argv = [_kebab(word) for word in argv]
-    job = type(cls.__name__, (cls,), {"__doc__": _usage(cls), "__module__": cls.__module__})
+    job: Any = type(cls.__name__, (cls,), {"__doc__": _usage(cls), "__module__": cls.__module__})
     if path is not None:
         job.model_config = {**cls.model_config, "yaml_file": path}
         _check_yaml(path)
     try:
-        settings = job(_cli_settings_source=CliSettingsSource(job, cli_parse_args=argv))
+        settings: S = job(_cli_settings_source=CliSettingsSource(job, cli_parse_args=argv))
     except ValidationError as error:
         fail(*(_explain(cls, fault) for fault in error.errors()))
     except SettingsError as error:

@@ -35,7 +35,9 @@ class Reference(Row):
 
     uri: str = Field(description="path or URL of the video")
     start_frame: int = Field(default=0, ge=0, description="first frame that counts, in frames of the file")
-    end_frame: int | None = Field(default=None, ge=1, description="one past the last frame that counts; empty: to the end")
+    end_frame: int | None = Field(
+        default=None, ge=1, description="one past the last frame that counts; empty: to the end"
+    )
     fps: float | None = Field(default=None, gt=0, description="frames per second to sample at; empty: as the file has")
     caption: str | None = Field(default=None, description="what the clip shows")
     category: str | None = Field(default=None, description="kind of motion, for tables and filters")
@@ -116,14 +118,18 @@ class ResultRow(ManifestRow):
     stage: Literal["encode", "transfer", "finish"] | None = Field(default=None, description="where it failed")
     attempts: int = Field(default=1, ge=1, description="times that work on the row began, worker deaths included")
     notes: str | None = Field(default=None, description="repairs that did not fail the row, such as a smaller batch")
-    reference_video_uri: str | None = Field(default=None, description="the reference as the model saw it: cropped, resampled")
+    reference_video_uri: str | None = Field(
+        default=None, description="the reference as the model saw it: cropped, resampled"
+    )
     video_uri: str | None = None
     video_bytes: int | None = None
     video_sha256: str | None = None
     seconds_encode: float | None = None
     seconds_transfer: float | None = Field(default=None, description="the row's share of its batch")
     seconds_finish: float | None = None
-    evaluations: int | None = Field(default=None, description="guidance gradients computed, each one forward + backward")
+    evaluations: int | None = Field(
+        default=None, description="guidance gradients computed, each one forward + backward"
+    )
     denoiser_calls: int | None = Field(default=None, description="full forwards of the denoiser")
     skipped_gradients: int | None = Field(default=None, description="non-finite gradients that were not applied")
     guidance_loss_first: float | None = None

@@ -10,8 +10,14 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
-from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
 from pydantic.functional_validators import BeforeValidator
+from pydantic_settings import (
+    BaseSettings,
+    NoDecode,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
 
 
 class Section(BaseModel):
@@ -46,11 +52,15 @@ class StageSettings(Section):
     """Resources of one actor pool."""
 
     actors: PositiveInt = Field(default=1, description="actors in the pool (the minimum if max_actors is set)")
-    max_actors: PositiveInt | None = Field(default=None, description="let the pool grow up to this many; empty: fixed size")
+    max_actors: PositiveInt | None = Field(
+        default=None, description="let the pool grow up to this many; empty: fixed size"
+    )
     cpus: NonNegativeFloat = Field(default=1, description="logical CPUs of one actor")
     gpus: NonNegativeFloat = Field(default=0, description="GPUs of one actor; fractions share a GPU")
     memory_gib: PositiveFloat | None = Field(default=None, description="memory reserved by one actor, GiB")
-    threads: PositiveInt | None = Field(default=None, description="torch threads of one actor; empty: its CPUs, at least 1")
+    threads: PositiveInt | None = Field(
+        default=None, description="torch threads of one actor; empty: its CPUs, at least 1"
+    )
 
     @model_validator(mode="after")
     def _max_is_not_below_min(self) -> Self:
@@ -64,7 +74,8 @@ class DenoiseSettings(StageSettings):
 
     batch_rows: PositiveInt = Field(default=4, description="rows of one size and method that are denoised together")
     checkpoint: Literal["none", "selective", "full"] = Field(
-        default="selective", description="what guidance recomputes in its backward pass: nothing, all but attention, everything"
+        default="selective",
+        description="what guidance recomputes in its backward pass: nothing, all but attention, everything",
     )
     cfg: Literal["two_pass", "batched"] = Field(
         default="two_pass", description="classifier-free guidance: two forwards, or one of twice the batch"
@@ -74,9 +85,15 @@ class DenoiseSettings(StageSettings):
 class RaySettings(Section):
     """Where the job runs."""
 
-    address: str | None = Field(default=None, description="cluster to join; default: RAY_ADDRESS, else a local Ray is started")
-    num_cpus: PositiveInt | None = Field(default=None, description="logical CPUs of a local Ray; default: what the pools need")
-    wait_s: NonNegativeFloat = Field(default=300, description="how long to wait for a cluster to offer what the pools need")
+    address: str | None = Field(
+        default=None, description="cluster to join; default: RAY_ADDRESS, else a local Ray is started"
+    )
+    num_cpus: PositiveInt | None = Field(
+        default=None, description="logical CPUs of a local Ray; default: what the pools need"
+    )
+    wait_s: NonNegativeFloat = Field(
+        default=300, description="how long to wait for a cluster to offer what the pools need"
+    )
     stall_s: PositiveFloat = Field(default=1800, description="stop if no row begins or ends for so long, seconds")
 
 
@@ -132,22 +149,34 @@ class PlanSettings(JobSettings):
     methods: CommaStrings = Field(default=("fastvmt",), description="methods, comma separated")
     seeds: CommaInts = Field(default=(0,), description="seeds, comma separated")
     output: str = Field(description="folder or prefix of the manifest to write")
-    model: str = Field(default="wan-nano", description="wan-nano, a local diffusers folder, a hub id, or an s3:// prefix")
+    model: str = Field(
+        default="wan-nano", description="wan-nano, a local diffusers folder, a hub id, or an s3:// prefix"
+    )
     dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="precision of the transformer")
-    preset: str | None = Field(default=None, description="methods' preset: default, paper or nano; empty: the model's own")
+    preset: str | None = Field(
+        default=None, description="methods' preset: default, paper or nano; empty: the model's own"
+    )
     method_settings: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="overrides by method, e.g. {fastvmt: {guidance: {inner: 5}}} (YAML only)"
     )
     height: PositiveInt | None = Field(default=None, description="pixels, a multiple of 16; empty: the model's own")
     width: PositiveInt | None = Field(default=None, description="pixels, a multiple of 16; empty: the model's own")
-    frames: PositiveInt | None = Field(default=None, description="4k+1, fewer for shorter clips; empty: the model's own")
-    fps: PositiveFloat | None = Field(default=None, description="sample references at this rate; empty: as each file has")
+    frames: PositiveInt | None = Field(
+        default=None, description="4k+1, fewer for shorter clips; empty: the model's own"
+    )
+    fps: PositiveFloat | None = Field(
+        default=None, description="sample references at this rate; empty: as each file has"
+    )
     steps: PositiveInt | None = Field(default=None, description="denoising steps; empty: the model's own")
     shift: PositiveFloat | None = Field(default=None, description="flow-matching shift; empty: the model's own")
-    guidance_scale: NonNegativeFloat | None = Field(default=None, description="classifier-free guidance; empty: the model's own")
+    guidance_scale: NonNegativeFloat | None = Field(
+        default=None, description="classifier-free guidance; empty: the model's own"
+    )
     negative_prompt: str = Field(default="", description="what the videos should not show")
     skip_bad: bool = Field(default=False, description="leave bad clips out instead of stopping")
-    tflops: PositiveFloat = Field(default=400, description="sustained TFLOP/s of one GPU, for the estimate of GPU hours")
+    tflops: PositiveFloat = Field(
+        default=400, description="sustained TFLOP/s of one GPU, for the estimate of GPU hours"
+    )
     storage: StorageSettings = StorageSettings()
     limits: LimitSettings = LimitSettings()
 

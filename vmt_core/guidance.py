@@ -17,7 +17,6 @@ from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny
 from torch import Tensor
 
-from vmt_core.motion import Objective
 from vmt_core.motion.amf import FullAMF, WindowedAMF
 from vmt_core.shapes import LatentBatch
 
@@ -30,12 +29,19 @@ class Guidance(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     objective: SerializeAsAny[WindowedAMF | FullAMF]
-    span: float = Field(default=0.2, ge=0, le=1, description="share of the denoising steps that are guided, from the first")
-    level: Literal["clean", "step"] = Field(default="clean", description="the reference's noise: none, or the step's own sigma")
+    span: float = Field(
+        default=0.2, ge=0, le=1, description="share of the denoising steps that are guided, from the first"
+    )
+    level: Literal["clean", "step"] = Field(
+        default="clean", description="the reference's noise: none, or the step's own sigma"
+    )
+    rule: Literal["adam"] = Field(default="adam", description="how a gradient becomes an update of the latents")
     inner: int = Field(default=10, ge=1, description="updates of the latents per guided step")
     interval: int = Field(default=3, ge=1, description="every how many updates the gradient is computed anew")
     learning_rate: tuple[float, float] = Field(default=(0.003, 0.002), description="from, to")
-    decay: Literal["inner", "outer"] = Field(default="inner", description="over the inner updates, or over the guided steps")
+    decay: Literal["inner", "outer"] = Field(
+        default="inner", description="over the inner updates, or over the guided steps"
+    )
 
     def guided_steps(self, steps: int) -> int:
         """How many of `steps` denoising steps are guided."""

@@ -27,7 +27,9 @@ class Start(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["noise", "sdedit"] = "noise"
-    strength: float = Field(default=1.0, gt=0, le=1, description="sdedit: u of the first step; 1 is (almost) pure noise")
+    strength: float = Field(
+        default=1.0, gt=0, le=1, description="sdedit: u of the first step; 1 is (almost) pure noise"
+    )
 
 
 class Method(BaseModel):

@@ -25,7 +25,9 @@ from schemas.settings import LimitSettings
 from vmt_core.shapes import Frames
 
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif,h264,hevc,ivf,mxf"
-SUFFIXES = frozenset({".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".wmv", ".gif"})
+SUFFIXES = frozenset(
+    {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".wmv", ".gif"}
+)
 
 
 @dataclass(frozen=True)
@@ -113,14 +115,21 @@ def read(
         promised = clip_frames(info, start, end, fps, frames)
         if promised >= frames:
             raise RowError(
-                ErrorCode.TRUNCATED, f"{path}: its header promises {info.frames} frames, but only {taken} of {frames} could be read"
+                ErrorCode.TRUNCATED,
+                f"{path}: its header promises {info.frames} frames, but only {taken} of {frames} could be read",
             )
         raise RowError(ErrorCode.TOO_FEW_FRAMES, f"{path}: gives {taken} frames at {fps:g} fps, {frames} are needed")
     return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
 
 
 def write(
-    path: str | Path, frames: Frames, fps: float, *, tags: Mapping[str, str] | None = None, crf: int = 18, preset: str = "medium"
+    path: str | Path,
+    frames: Frames,
+    fps: float,
+    *,
+    tags: Mapping[str, str] | None = None,
+    crf: int = 18,
+    preset: str = "medium",
 ) -> None:
     """Writes H.264 (yuv420p, faststart) with metadata tags.
 
@@ -152,7 +161,9 @@ def verify(path: str | Path, *, frames: int, height: int, width: int) -> None:
         raise RowError(ErrorCode.ENCODE_FAILED, f"{path}: the written video does not decode: {error}") from error
     if shapes != [(height, width)] * frames:
         found = f"{len(shapes)} frames of {shapes[0] if shapes else None}"
-        raise RowError(ErrorCode.ENCODE_FAILED, f"{path}: wrote {frames} frames of {(height, width)}, but it holds {found}")
+        raise RowError(
+            ErrorCode.ENCODE_FAILED, f"{path}: wrote {frames} frames of {(height, width)}, but it holds {found}"
+        )
 
 
 def _open(path: str | Path) -> InputContainer:
@@ -164,8 +175,12 @@ def _open(path: str | Path) -> InputContainer:
         with open(path, "rb") as file:
             begins_as_mp4 = file.read(12)[4:8] == b"ftyp"
         if begins_as_mp4:
-            raise RowError(ErrorCode.TRUNCATED, f"{path}: begins as an mp4 but has no index (moov), so it was cut off") from error
-        reason = "not a video file" if error.errno in (errno.EINVAL, None) or isinstance(error, ValueError) else str(error)
+            raise RowError(
+                ErrorCode.TRUNCATED, f"{path}: begins as an mp4 but has no index (moov), so it was cut off"
+            ) from error
+        reason = (
+            "not a video file" if error.errno in (errno.EINVAL, None) or isinstance(error, ValueError) else str(error)
+        )
         raise RowError(ErrorCode.NOT_A_VIDEO, f"{path}: {reason}") from error
 
 
@@ -180,7 +195,9 @@ def _inspect(path: str | Path, container: InputContainer, limits: LimitSettings)
     width, height = stream.codec_context.width, stream.codec_context.height
     rate = stream.average_rate or stream.guessed_rate
     if not rate or width <= 0 or height <= 0:
-        raise RowError(ErrorCode.TRUNCATED, f"{path}: its header gives no frame size or rate ({width}x{height}, {rate} fps)")
+        raise RowError(
+            ErrorCode.TRUNCATED, f"{path}: its header gives no frame size or rate ({width}x{height}, {rate} fps)"
+        )
     if stream.duration is not None and stream.time_base is not None:
         seconds = float(stream.duration * stream.time_base)
     else:
@@ -190,7 +207,8 @@ def _inspect(path: str | Path, container: InputContainer, limits: LimitSettings)
     info = VideoInfo(width, height, fps, count, stream.codec_context.name)
     if width * height > limits.max_pixels:
         raise RowError(
-            ErrorCode.TOO_MANY_PIXELS, f"{path}: {width}x{height} is over limits.max_pixels={limits.max_pixels}; scale it down"
+            ErrorCode.TOO_MANY_PIXELS,
+            f"{path}: {width}x{height} is over limits.max_pixels={limits.max_pixels}; scale it down",
         )
     if count > limits.max_frames or seconds > limits.max_duration_s:
         raise RowError(
@@ -223,6 +241,8 @@ def _cover(frame: av.VideoFrame, height: int, width: int) -> np.ndarray[tuple[in
     tall, wide = max(height, round(tall * scale)), max(width, round(wide * scale))
     size = (wide, tall) if turns % 2 == 0 else (tall, wide)
     scaled = frame.reformat(size[0], size[1], "rgb24", interpolation="AREA" if scale < 1 else "BICUBIC")
-    image = np.rot90(scaled.to_ndarray(), turns)
+    image: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] = np.rot90(
+        scaled.to_ndarray().astype(np.uint8, copy=False), turns
+    )
     top, left = (tall - height) // 2, (wide - width) // 2
     return image[top : top + height, left : left + width]

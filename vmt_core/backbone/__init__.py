@@ -1,8 +1,8 @@
 """The model that everything runs on.
 
-    wan.py       load · pixels <-> latents · captions · velocity      (`Backbone`)
-    taps.py      features with an early exit, for guidance
-    sampler.py   the one sampling loop: Euler flow matching
-    geometry.py  token grid, taps
-    nano.py      wan-nano, the embedded model
+wan.py       load · pixels <-> latents · captions · velocity      (`Backbone`)
+taps.py      features with an early exit, for guidance
+sampler.py   the one sampling loop: Euler flow matching
+geometry.py  token grid, taps
+nano.py      wan-nano, the embedded model
 """

@@ -17,14 +17,20 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 NAME = "wan-nano"
-NOTICE = "wan-nano has random weights: its videos show noise, not the prompt. Use trained Wan 2.1 weights for real results."
+NOTICE = (
+    "wan-nano has random weights: its videos show noise, not the prompt. Use trained Wan 2.1 weights for real results."
+)
 _LAYOUT = 1  # part of the cache folder's name; bump when the recipe below changes
 _CHARACTERS = "abcdefghijklmnopqrstuvwxyz0123456789 .,;:!?'\"()-/&+%#"
 
 
 def folder() -> Path:
     """The folder of wan-nano; built once per user (about a second), then reused."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vmt" / f"{NAME}-{_LAYOUT}-torch{torch.__version__}"
+    cache = (
+        Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        / "vmt"
+        / f"{NAME}-{_LAYOUT}-torch{torch.__version__}"
+    )
     if not (cache / "model_index.json").is_file():
         cache.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(prefix=f".{NAME}-", dir=cache.parent))

@@ -97,7 +97,7 @@ def _query_key(
         query, key = attention.to_q(normed), attention.to_k(normed)
 
     def finish(projected: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
-        rotated = _rotate(norm(projected).unflatten(2, (attention.heads, -1)), *rotary)
+        rotated: Tensor = _rotate(norm(projected).unflatten(2, (attention.heads, -1)), *rotary)
         return rotated.unflatten(1, (geometry.frames, geometry.per_frame))  # (B, F, rows*cols, heads, head_dim)
 
     return finish(query, attention.norm_q), finish(key, attention.norm_k)

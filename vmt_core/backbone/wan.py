@@ -60,9 +60,15 @@ class Backbone:
         self = cls(path, device, dtype, checkpoint_policy)
         safe: dict[str, Any] = {"use_safetensors": True}
         if "transformer" in parts:
-            transformer = WanTransformer3DModel.from_pretrained(path, subfolder="transformer", torch_dtype=dtype, **safe)
+            transformer = WanTransformer3DModel.from_pretrained(
+                path, subfolder="transformer", torch_dtype=dtype, **safe
+            )
             config = transformer.config
-            if config.image_dim is not None or config.in_channels != config.out_channels or (path / "transformer_2").exists():
+            if (
+                config.image_dim is not None
+                or config.in_channels != config.out_channels
+                or (path / "transformer_2").exists()
+            ):
                 raise ValueError(f"{model}: only Wan 2.1 text-to-video is supported, not image-to-video or Wan 2.2")
             self.parts["transformer"] = transformer.eval().requires_grad_(False).to(device)
         if "vae" in parts:
@@ -76,7 +82,7 @@ class Backbone:
 
     @property
     def transformer(self) -> WanTransformer3DModel:
-        return self.parts["transformer"]  # type: ignore[no-any-return]
+        return self.parts["transformer"]
 
     @property
     def patch(self) -> tuple[int, ...]:
@@ -94,8 +100,8 @@ class Backbone:
             frames: (T, 3, H, W) uint8, T = 4k+1, H and W multiples of 16.
         """
         vae = self.parts["vae"]
-        pixels = frames.to(self.device, torch.float32).div_(127.5).sub_(1).transpose(0, 1).unsqueeze(0)  # (1, 3, T, H, W)
-        latents = vae.encode(pixels).latent_dist.mode()
+        pixels = frames.to(self.device, torch.float32).div_(127.5).sub_(1).transpose(0, 1)  # (3, T, H, W)
+        latents: Tensor = vae.encode(pixels.unsqueeze(0)).latent_dist.mode()
         mean, std = self._statistics()
         return ((latents - mean) / std)[0].float().cpu()
 
@@ -103,7 +109,9 @@ class Backbone:
     def decode(self, latents: Latents) -> Frames:
         """Normalised latents (C, F, H, W) to pixels (4F-3, 3, 8H, 8W), uint8 on the CPU."""
         mean, std = self._statistics()
-        pixels = self.parts["vae"].decode(latents.to(self.device, torch.float32).unsqueeze(0) * std + mean).sample[0]
+        pixels: Tensor = (
+            self.parts["vae"].decode(latents.to(self.device, torch.float32).unsqueeze(0) * std + mean).sample[0]
+        )
         return pixels.clamp_(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8).transpose(0, 1).cpu()
 
     @torch.no_grad()
@@ -122,7 +130,7 @@ class Backbone:
             return_tensors="pt",
         )
         ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
-        embedding = self.parts["text"](ids, mask).last_hidden_state[0]
+        embedding: Tensor = self.parts["text"](ids, mask).last_hidden_state[0]
         return embedding[: int(mask.sum())].to(self.dtype).cpu()  # type: ignore[no-any-return]
 
     def pad(self, captions: Sequence[Text]) -> TextBatch:

@@ -33,6 +33,7 @@ it keeps the corrections of what is a defect of the published code rather than a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -55,7 +56,9 @@ class _AMF(BaseModel):
 
     block: int = Field(default=14, ge=0, description="transformer block whose self-attention is read")
     temperature: float = Field(default=2.0, gt=0, description="tau, multiplies the logits; 1 to 4")
-    reference: Literal["soft", "hard"] = Field(default="soft", description="the reference's displacement: expected or argmax")
+    reference: Literal["soft", "hard"] = Field(
+        default="soft", description="the reference's displacement: expected or argmax"
+    )
 
     @property
     def taps(self) -> tuple[Tap, ...]:
@@ -74,8 +77,12 @@ class WindowedAMF(_AMF):
     span: int = Field(default=3, ge=1, description="frames apart that are compared: j - i = 1 .. span")
     window: int = Field(default=21, ge=3, description="side of the search window in tokens, odd; capped by the grid")
     tile: tuple[int, int] = Field(default=(3, 4), description="rows, cols of the tiles that share a window centre")
-    window_weight: float = Field(default=0.2, ge=0, description="weight of the window loss beside the AMF loss (paper: 1 to 5)")
-    drift: Literal["excess", "absolute"] = Field(default="excess", description="window loss: over the reference's drift, or all")
+    window_weight: float = Field(
+        default=0.2, ge=0, description="weight of the window loss beside the AMF loss (paper: 1 to 5)"
+    )
+    drift: Literal["excess", "absolute"] = Field(
+        default="excess", description="window loss: over the reference's drift, or all"
+    )
 
     @field_validator("window")
     @classmethod
@@ -222,9 +229,7 @@ def _flow(
     return flow(query, key)
 
 
-def _mean_over(
-    flow: Flow, target: Flow, valid: Bool[Tensor, "pairs n"], weight: Float[Tensor, " pairs"]
-) -> Tensor:
+def _mean_over(flow: Flow, target: Flow, valid: Bool[Tensor, "pairs n"], weight: Float[Tensor, " pairs"]) -> Tensor:
     """Weighted mean over pairs of the mean over valid tokens of |target - flow|^2; pairs without any do not count."""
     count = valid.sum(-1)
     per_pair = ((flow - target).square().sum(-1) * valid).sum(-1) / count.clamp(min=1)
@@ -241,5 +246,5 @@ def _drift(key: Float[Tensor, "frames n d"], windows: list[Tensor]) -> Float[Ten
         torch.bmm(mask.to(key.dtype), key[distance:]).float() / mask.sum(-1, keepdim=True)
         for distance, mask in enumerate(windows, start=1)
     ]
-    steps = [(later - sooner[: len(later)]).square().mean(-1) for sooner, later in zip(means, means[1:], strict=False)]
+    steps = [(later - sooner[: len(later)]).square().mean(-1) for sooner, later in pairwise(means)]
     return torch.cat(steps) if steps else key.new_zeros(0, windows[0].shape[1], dtype=torch.float32)
