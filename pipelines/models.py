@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import hashlib
+import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from pipelines.storage import Storage, join, scheme
 from vmt_core.backbone import wan
@@ -27,6 +29,13 @@ def revision(model: str, storage: Storage) -> str:
     for name, info in sorted(_objects(model, storage).items()):
         digest.update(f"{name}\0{info['size']}\0{info.get('ETag', '')}\0".encode())
     return digest.hexdigest()[:16]
+
+
+def config(model: str, storage: Storage) -> dict[str, Any]:
+    """The transformer's configuration, without its weights."""
+    folder = model if scheme(model) != "file" else str(wan.locate(model))
+    content = json.loads(storage.read(join(folder, "transformer", "config.json")))
+    return dict(content)
 
 
 def local(model: str, storage: Storage) -> str:

@@ -210,7 +210,7 @@ class Encode(Stage):
             name: self.captions.get((row["dtype"], text), lambda text=text: backbone.caption(text))  # type: ignore[misc]
             for name, text in {"empty": "", "text": row["prompt"], "negative": row["negative_prompt"]}.items()
         }
-        return [{"payload": save({**load(latents), **caption}), "reference_video_uri": uri}]
+        return [{"payload": _pack({**load(latents), **caption}), "reference_video_uri": uri}]
 
     def _reference(self, backbone: Backbone, row: Row) -> tuple[bytes, str] | RowError:
         """Latents of a row's reference, and where the clip lies as the model sees it. A permanent error is kept as well."""
@@ -248,7 +248,7 @@ class Encode(Stage):
             if error.code.transient:
                 raise
             return RowError(error.code, error.message.replace(str(local), uri))
-        return save({"latents": backbone.encode(frames)}), shown
+        return _pack({"latents": backbone.encode(frames)}), shown
 
 
 class Transfer(Stage):
@@ -300,7 +300,7 @@ class Transfer(Stage):
                 continue
             outcomes.append(
                 {
-                    "payload": save({"latents": latents.contiguous()}),
+                    "payload": _pack({"latents": latents}),
                     "evaluations": log.evaluations,
                     "denoiser_calls": denoised.denoiser_calls,
                     "skipped_gradients": log.skipped,
@@ -353,7 +353,7 @@ class Finish(Stage):
             results.append(
                 ResultRow.model_validate({k: v for k, v in row.items() if k in ResultRow.model_fields}).model_dump()
             )
-        ray.get(self.tracker.finished.remote([row["error_code"] for row in results]))
+        ray.get(self.tracker.finished.remote([row["error_code"] and str(row["error_code"]) for row in results]))
         return pa.Table.from_pylist(results, schema=ResultRow.arrow_schema())
 
 
@@ -389,6 +389,11 @@ def out_of_memory(error: BaseException) -> bool:
 
 
 _ALIKE = ("dtype", "method", "method_settings", "height", "width", "frames", "steps", "shift", "guidance_scale")
+
+
+def _pack(tensors: dict[str, torch.Tensor]) -> bytes:
+    """Tensors as safetensors bytes; equal prompts may share one embedding, which safetensors would refuse."""
+    return save({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()})
 
 
 def _note(row: Row, text: str) -> None:

@@ -39,7 +39,8 @@ class Snapshot:
     codes: Counter[str] = field(default_factory=Counter)
     seconds: Counter[str] = field(default_factory=Counter)  # by stage
     rows: Counter[str] = field(default_factory=Counter)  # by stage
-    idle_s: float = 0.0
+    working_s: float = 0.0  # since the first row began
+    stalled_s: float = 0.0  # since anything happened; 0 while a row is within its budget
     running: list[tuple[str, str, float]] = field(default_factory=list)  # stage, row, seconds; longest first
 
 
@@ -56,6 +57,7 @@ class Tracker:
         self._restarts: Counter[str] = Counter()
         self._now = Snapshot()
         self._active = clock()
+        self._first: float | None = None
 
     def admit(self, stage: str, rows: list[str]) -> dict[str, tuple[Action, int]]:
         """What to do with each row that reaches a stage, and which attempt this is."""
@@ -81,6 +83,7 @@ class Tracker:
     def begin(self, stage: str, rows: list[str], node: str, budget: float) -> None:
         """Work on these rows, together, begins now."""
         self._active = self._clock()
+        self._first = self._active if self._first is None else self._first
         for row in rows:
             self._begun[stage, row] = _Begun(self._clock(), node, len(rows) == 1, budget)
 
@@ -106,7 +109,9 @@ class Tracker:
     def snapshot(self) -> dict[str, Any]:
         """The numbers, as a plain dict."""
         now = self._clock()
-        self._now.idle_s = now - self._active
+        self._now.working_s = now - self._first if self._first is not None else 0.0
+        working = any(now - begun.at <= begun.budget for begun in self._begun.values())
+        self._now.stalled_s = 0.0 if working else now - self._active
         running = ((stage, row, now - begun.at) for (stage, row), begun in self._begun.items())
         self._now.running = sorted(running, key=lambda item: -item[2])[:5]
         return asdict(self._now)

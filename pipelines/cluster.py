@@ -1,0 +1,102 @@
+"""A Ray to run on: a local one of the right size, or a running cluster that is checked for what the pools need."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import ray
+
+from schemas import RaySettings, StageSettings
+
+#: Logical CPUs that Ray Data itself wants at once beside the pools: read, repartition, write, and the filter of what is done.
+ENGINE_CPUS = 4
+#: Ray's own processes on one machine: no warnings about things that are as they should be.
+_QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_worker_maximum_startup_concurrency": "16"}
+_LABELS = {"CPU": "CPUs", "GPU": "GPUs", "memory": "GiB of memory"}
+
+
+class RunFailed(Exception):
+    """The run cannot go on; what is committed stays, and the same command goes on from there."""
+
+
+def needs(pools: Sequence[StageSettings]) -> dict[str, float]:
+    """Logical resources (CPU, GPU, bytes of memory) that the pools at their least and the engine take at once."""
+    total = {"CPU": float(ENGINE_CPUS), "GPU": 0.0, "memory": 0.0}
+    for pool in pools:
+        total["CPU"] += pool.actors * pool.cpus
+        total["GPU"] += pool.actors * pool.gpus
+        total["memory"] += pool.actors * (pool.memory_gib or 0) * 2**30
+    return total
+
+
+@contextlib.contextmanager
+def connected(settings: RaySettings, pools: Sequence[StageSettings]) -> Iterator[None]:
+    """Ray while the block runs: the cluster at `address` or RAY_ADDRESS, else a local one with enough logical CPUs.
+
+    Raises:
+        RunFailed: the cluster does not offer what the pools need.
+    """
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+    needed = needs(pools)
+    if address:
+        ray.init(address=address, **quiet)
+    else:
+        local = settings.num_cpus or max(os.cpu_count() or 1, math.ceil(needed["CPU"]))
+        for name, value in _QUIET.items():
+            os.environ.setdefault(name, value)
+        with _native_stderr_closed():  # Ray's C++ prints there that it will now print less
+            ray.init(address="local", num_cpus=local, include_dashboard=False, **quiet)
+    try:
+        wait_for(needed, settings.wait_s if address else 0)
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _native_stderr_closed() -> Iterator[None]:
+    """Drops what native code writes to file descriptor 2; Python's exceptions are not touched."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def wait_for(needed: Mapping[str, float], seconds: float) -> None:
+    """Waits until the cluster has what is needed in all (an autoscaler may still be adding nodes).
+
+    Raises:
+        RunFailed: what is missing.
+    """
+    deadline = time.monotonic() + seconds
+    while lacking := missing(needed, ray.cluster_resources()):
+        if time.monotonic() >= deadline:
+            raise RunFailed(
+                f"the cluster lacks {'; '.join(lacking)}. Make the pools smaller (encode/transfer/finish: actors, cpus, gpus), "
+                "or the cluster larger (ray.num_cpus for a local one)"
+            )
+        time.sleep(min(2.0, max(0.1, deadline - time.monotonic())))
+
+
+def missing(needed: Mapping[str, float], offered: Mapping[str, float]) -> list[str]:
+    """What a cluster lacks: `3 CPUs (needs 6, has 3)`."""
+    lacking = []
+    for name, label in _LABELS.items():
+        unit = 2**30 if name == "memory" else 1
+        want, have = needed.get(name, 0) / unit, offered.get(name, 0) / unit
+        if have < want - 1e-6:
+            lacking.append(f"{want - have:g} {label} (needs {want:g}, has {have:.4g})")
+    return lacking

@@ -1,0 +1,120 @@
+"""One run at a time in an output folder, on local disk and on object storage alike.
+
+The lock is an object that only one process can create. It is renewed every few seconds; a lock that nobody renews belongs to
+a dead run and is taken over: at once if its process ran on this host, else after watching it for a while.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from pipelines.storage import Storage
+from schemas import UsageError
+
+RENEW_S = 5.0
+
+
+@contextlib.contextmanager
+def held(storage: Storage, uri: str, *, renew_s: float = RENEW_S) -> Iterator[Callable[[], bool]]:
+    """Holds the lock while the block runs; yields whether it still does (a process that slept may find it taken over).
+
+    Raises:
+        UsageError: another run holds it.
+        OSError: it cannot be written.
+    """
+    mine = _identity()
+    _acquire(storage, uri, mine, patience=3 * renew_s)
+    stop, lost = threading.Event(), threading.Event()
+
+    def renew() -> None:
+        while not stop.wait(renew_s):
+            with contextlib.suppress(OSError):  # the next beat may get through; others wait for several
+                if _owner(storage, uri).get("token") != mine["token"]:
+                    lost.set()
+                    return
+                storage.write(uri, _beat(mine))
+
+    thread = threading.Thread(target=renew, daemon=True, name="lock")
+    thread.start()
+    try:
+        yield lambda: not lost.is_set()
+    finally:
+        stop.set()
+        thread.join()
+        if _owner(storage, uri).get("token") == mine["token"]:
+            storage.delete(uri)
+
+
+def _acquire(storage: Storage, uri: str, mine: dict[str, Any], patience: float) -> None:
+    if storage.create(uri, _beat(mine)):
+        return
+    owner = _owner(storage, uri)
+    if not _is_gone(owner):
+        deadline = time.monotonic() + patience
+        while (now := _owner(storage, uri)) == owner and time.monotonic() < deadline:
+            time.sleep(patience / 10)
+        if now and now != owner:
+            raise UsageError(
+                f"{uri}: a run on {now.get('host')} (process {now.get('pid')}, begun {now.get('since')}) is writing here; "
+                "wait for it, stop it, or use another output"
+            )
+    storage.delete(uri)
+    taken = storage.create(uri, _beat(mine))
+    time.sleep(min(1.0, patience / 10))  # another run may have judged the same lock dead: the last one to create wins
+    if not taken or _owner(storage, uri).get("token") != mine["token"]:
+        raise UsageError(f"{uri}: another run has just begun to write here")
+
+
+def _owner(storage: Storage, uri: str) -> dict[str, Any]:
+    """What the lock says; empty if it is gone or cut off."""
+    try:
+        owner = json.loads(storage.read(uri))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return owner if isinstance(owner, dict) else {}
+
+
+def _identity() -> dict[str, Any]:
+    return {
+        "token": uuid.uuid4().hex,
+        "host": socket.gethostname(),
+        "boot": _boot(),
+        "pid": os.getpid(),
+        "started": _started(os.getpid()),
+        "since": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _beat(owner: dict[str, Any]) -> bytes:
+    return json.dumps(owner | {"renewed": time.time()}).encode()
+
+
+def _is_gone(owner: dict[str, Any]) -> bool:
+    """True if the owner ran on this host and its process is not there any more (process ids are used again: start times are not)."""
+    here = owner.get("host") == socket.gethostname() and owner.get("boot") == _boot()
+    return here and owner.get("started") is not None and _started(int(owner["pid"])) != owner["started"]
+
+
+def _boot() -> str:
+    """Identity of this boot of this host, or of this container's host."""
+    file = Path("/proc/sys/kernel/random/boot_id")
+    return file.read_text().strip() if file.is_file() else ""
+
+
+def _started(pid: int) -> str | None:
+    """When a process began, in the kernel's ticks; None if there is none, or if the system does not tell."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+        return None if fields[0] == "Z" else fields[19]  # a zombie is dead
+    except (OSError, IndexError):
+        return None

@@ -1,0 +1,170 @@
+"""Manifests: read in batches, check every row before anything runs, write.
+
+What is wrong with a manifest as a whole is refused before the run (`check`); what is wrong with one row's clip or prompt
+becomes that row's failure in the run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import ValidationError
+
+from pipelines.storage import Storage, join
+from schemas import ManifestRow, UsageError, sample_id
+from vmt_core.methods import VIDEO_VERSION, build
+
+_SHOWN_FAULTS = 10
+
+
+@dataclass
+class Selection:
+    """What a manifest asks for: its ids in order, and the size of its work."""
+
+    ids: list[str] = field(default_factory=list)
+    methods: set[str] = field(default_factory=set)
+
+
+def files(storage: Storage, uri: str) -> list[str]:
+    """The Parquet files of a manifest.
+
+    Raises:
+        UsageError: there are none.
+    """
+    found = [uri] if uri.endswith(".parquet") and not storage.is_folder(uri) else storage.find(uri)
+    found = [name for name in found if name.endswith(".parquet")]
+    if not found or not storage.exists(found[0]):
+        raise UsageError(f"--manifest {uri}: no Parquet file there; make one with jobs/plan.py")
+    return found
+
+
+def check(storage: Storage, uri: str, *, revision: str) -> Selection:
+    """Reads a manifest wholly and checks all that can be known before the run.
+
+    Args:
+        revision: of the weights that will run.
+
+    Raises:
+        UsageError: one line per fault: columns, types, values, duplicate ids, ids that are not the digest of their row,
+            methods that cannot be built, another model revision.
+    """
+    faults: list[str] = []
+    selection = Selection()
+    seen: set[str] = set()
+    methods: dict[tuple[str, str], str | None] = {}
+    for name in files(storage, uri):
+        if wrong := _columns(storage, name):
+            faults += wrong
+            continue
+        row = -1
+        for values in _rows(storage, name):
+            row += 1
+            if fault := _fault(values, seen, methods, revision):
+                faults.append(f"{name}, row {row}: {fault}")
+            selection.ids.append(values["sample_id"])
+            selection.methods.add(values["method"])
+    if faults:
+        more = [f"… and {len(faults) - _SHOWN_FAULTS} more"] if len(faults) > _SHOWN_FAULTS else []
+        raise UsageError("\n".join([*faults[:_SHOWN_FAULTS], *more]))
+    if not selection.ids:
+        raise UsageError(f"--manifest {uri}: has no rows")
+    return selection
+
+
+def write(storage: Storage, folder: str, rows: Sequence[ManifestRow], *, rows_per_file: int = 50_000) -> list[str]:
+    """Writes rows as a manifest, in order; earlier Parquet files of the folder are replaced."""
+    old = set(storage.find(folder))
+    written = []
+    for part, begin in enumerate(range(0, len(rows), rows_per_file)):
+        values = [row.model_dump() for row in rows[begin : begin + rows_per_file]]
+        sink = pa.BufferOutputStream()
+        table = pa.Table.from_pylist(values, schema=ManifestRow.arrow_schema())
+        pq.write_table(table, sink, row_group_size=5_000)
+        written.append(join(folder, f"part-{part:05d}.parquet"))
+        storage.write(written[-1], sink.getvalue().to_pybytes())
+    for uri in old - set(written):
+        if uri.endswith(".parquet"):
+            storage.delete(uri)
+    return written
+
+
+def subset(storage: Storage, uri: str, target: str, wanted: Callable[[str], bool]) -> None:
+    """Writes the rows whose ids are wanted as one Parquet file."""
+    tables = []
+    for name in files(storage, uri):
+        filesystem, path = storage.arrow(name)
+        table = pq.ParquetFile(path, filesystem=filesystem).read()
+        tables.append(table.filter(pa.array([wanted(row) for row in table["sample_id"].to_pylist()])))
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.concat_tables(tables), sink)
+    storage.write(target, sink.getvalue().to_pybytes())
+
+
+def _columns(storage: Storage, name: str) -> list[str]:
+    """What is wrong with the columns of a file."""
+    filesystem, path = storage.arrow(name)
+    try:
+        found = pq.read_schema(path, filesystem=filesystem)
+    except pa.ArrowInvalid as error:
+        return [f"{name}: not a Parquet file ({error})"]
+    faults = []
+    for wanted in ManifestRow.arrow_schema():
+        if wanted.name not in found.names:
+            faults.append(f"{name}: column {wanted.name!r} ({wanted.type}) is missing")
+        elif not _alike(found.field(wanted.name).type, wanted.type):
+            kind = found.field(wanted.name).type
+            faults.append(f"{name}: column {wanted.name!r} is {kind}, it must be {wanted.type}")
+    known = set(ManifestRow.model_fields)
+    return faults + [f"{name}: column {column!r} is not known" for column in found.names if column not in known]
+
+
+def _alike(found: pa.DataType, wanted: pa.DataType) -> bool:
+    if pa.types.is_string(wanted):
+        return pa.types.is_string(found) or pa.types.is_large_string(found) or pa.types.is_null(found)
+    return bool(found == wanted) or pa.types.is_null(found)
+
+
+def _rows(storage: Storage, name: str) -> Iterator[dict[str, Any]]:
+    filesystem, path = storage.arrow(name)
+    for batch in pq.ParquetFile(path, filesystem=filesystem).iter_batches(batch_size=1000):
+        yield from batch.to_pylist()
+
+
+def _fault(
+    values: dict[str, Any], seen: set[str], methods: dict[tuple[str, str], str | None], revision: str
+) -> str | None:
+    """What is wrong with a row that makes the whole manifest unfit, or None."""
+    try:
+        row = ManifestRow.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        return f"{'.'.join(map(str, first['loc'])) or 'row'}: {first['msg']} (got {first['input']!r:.100})"
+    if row.sample_id in seen:
+        return f"sample_id {row.sample_id} stands twice"
+    seen.add(row.sample_id)
+    if row.sample_id != sample_id(values):
+        return f"sample_id {row.sample_id} is not the digest of the row (it was edited by hand?); plan again"
+    if row.model_revision != revision:
+        return f"was planned for revision {row.model_revision} of {row.model}, but these weights are {revision}; plan again"
+    if row.video_version != VIDEO_VERSION:
+        return f"was planned for video_version {row.video_version}, this is {VIDEO_VERSION}; plan again"
+    method = (row.method, row.method_settings)
+    if method not in methods:
+        methods[method] = _unfit(*method)
+    return methods[method]
+
+
+def _unfit(name: str, settings: str) -> str | None:
+    try:
+        groups = json.loads(settings)
+        if not isinstance(groups, dict):
+            return f"method_settings: not a JSON object: {settings:.100}"
+        build(name, groups)
+    except ValueError as error:
+        return f"method_settings: {error}"
+    return None

@@ -1,0 +1,311 @@
+"""One run of the main job: check everything that can be checked, stream what is missing through the actors, account for every row."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import logging
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data.checkpoint import CheckpointConfig
+
+from pipelines import cluster, lock, manifest, models, progress, report
+from pipelines.cluster import RunFailed
+from pipelines.ledger import ID, PARTITIONS, Ledger
+from pipelines.stages import STATE
+from pipelines.storage import Storage, describe, join
+from pipelines.tracker import Tracker
+from schemas import ManifestRow, ResultRow, StageSettings, TransferSettings, UsageError
+from vmt_core.backbone import nano
+
+#: Rows that the report page shows at most: failures first.
+REPORT_ROWS = 5_000
+_SUMS = ("seconds_encode", "seconds_transfer", "seconds_finish")
+
+
+def run(settings: TransferSettings, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Makes the missing videos of a manifest; returns the summary that it also writes to OUT/run/summary.json.
+
+    Args:
+        settings: of the job.
+        say: told what happens, in lines.
+
+    Raises:
+        UsageError: what was asked cannot be run; nothing was made.
+        RunFailed: it stopped before its end; the same command goes on from there.
+    """
+    storage = Storage(settings.storage)
+    started = datetime.now(UTC)
+    try:
+        revision = models.revision(settings.model, storage)
+    except FileNotFoundError as error:
+        raise UsageError(f"--model {error}") from error
+    selection = manifest.check(storage, settings.manifest, revision=revision)
+    with contextlib.ExitStack() as stack:
+        try:
+            still_ours = stack.enter_context(lock.held(storage, join(settings.output, "run", "lock.json")))
+        except OSError as error:
+            raise UsageError(f"--output {settings.output}: cannot be written ({describe(error)})") from error
+        run_id = f"{started:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
+        storage.write(join(settings.output, "run", "settings.json"), _json(settings.model_dump(mode="json")))
+        ledger = Ledger(storage, settings.output, say)
+        chosen, left = _choose(settings, ledger, selection.ids, say)
+        began = time.monotonic()
+        if chosen:
+            with _source(settings, storage, run_id, chosen, whole=not left) as source:
+                _execute(settings, storage, ledger, source, chosen, run_id, say, still_ours)
+        summary = {
+            "title": "Motion transfer",
+            "run_id": run_id,
+            "started_at": started.isoformat(timespec="seconds"),
+            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - began, 3),
+            "model": settings.model,
+            "model_revision": revision,
+            "notice": nano.NOTICE if settings.model == nano.NAME else None,
+            **_account(ledger, selection.ids, run_id),
+        }
+        summary["videos_per_hour"] = round(3600 * summary["made_ok"] / summary["seconds"], 1) if chosen else 0.0
+        storage.write(join(settings.output, "run", "summary.json"), _json(summary))
+        page = join(settings.output, "run", "report.html")
+        storage.write(page, report.render(_shown(ledger, selection.ids), summary, settings.output).encode())
+        shown = [("videos", join(settings.output, "videos")), ("results", ledger.results), ("report", page)]
+        say(progress.ending(summary, shown))
+        if (summary["made"], summary["left"]) != (len(chosen), left):
+            raise RunFailed(
+                f"{len(chosen)} rows were to be made and {left} to be left, but {summary['made']} were made and "
+                f"{summary['left']} are left; the same command makes the missing ones"
+            )
+    return summary
+
+
+def _choose(
+    settings: TransferSettings, ledger: Ledger, ids: list[str], say: Callable[[str], None]
+) -> tuple[list[str], int]:
+    """The rows to make now, and how many missing ones are left for another run."""
+    try:
+        done = ledger.mend()
+    except ValueError as error:
+        raise RunFailed(str(error)) from error
+    if settings.retry_failed:
+        again = {row for row in ids if done.get(row) is not None}
+        say(f"forgetting {len(again)} failed rows, to try them again")
+        ledger.forget(again)
+        done = {row: code for row, code in done.items() if row not in again}
+    missing = [row for row in ids if row not in done]
+    chosen = missing[: settings.limit]
+    say(f"{len(ids)} rows selected, {len(ids) - len(missing)} done before, {len(chosen)} to make now")
+    return chosen, len(missing) - len(chosen)
+
+
+@contextlib.contextmanager
+def _source(
+    settings: TransferSettings, storage: Storage, run_id: str, chosen: list[str], *, whole: bool
+) -> Iterator[str]:
+    """What the graph reads: the manifest, or with `--limit` a copy of the chosen rows."""
+    if whole:
+        yield settings.manifest
+        return
+    copy = join(settings.output, "run", f"{run_id}.parquet")
+    manifest.subset(storage, settings.manifest, copy, set(chosen).__contains__)
+    try:
+        yield copy
+    finally:
+        storage.delete(copy)
+
+
+def graph(settings: TransferSettings, storage: Storage, source: str, tracker: Any, run_id: str) -> Dataset:
+    """MANIFEST -> Encode -> Transfer -> Finish, lazily; blocks of a few rows, because a block is what is committed."""
+    stages = importlib.import_module(settings.stages)
+    filesystem, path = storage.arrow(source)
+    rows = settings.rows_per_block or settings.transfer.batch_rows
+    data = ray.data.read_parquet(path, filesystem=filesystem, schema=ManifestRow.arrow_schema())
+    data = data.repartition(target_num_rows_per_block=rows)
+    data = data.map_batches(_begin, batch_size=rows, batch_format="pyarrow", num_cpus=1)
+    for actor, pool in (
+        (stages.Encode, settings.encode),
+        (stages.Transfer, settings.transfer),
+        (stages.Finish, settings.finish),
+    ):
+        data = data.map_batches(
+            actor,
+            fn_constructor_args=(settings, tracker, run_id),
+            batch_size=rows,
+            batch_format="pyarrow",
+            compute=_pool(pool),
+            num_cpus=pool.cpus,
+            num_gpus=pool.gpus,
+            memory=pool.memory_gib * 2**30 if pool.memory_gib else None,
+        )
+    return data
+
+
+def _begin(table: pa.Table) -> pa.Table:
+    """Manifest rows as the state that travels between the stages."""
+    columns = [
+        table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(table.num_rows, field.type)
+        for field in STATE
+    ]
+    return pa.table(columns, schema=STATE)
+
+
+def _pool(pool: StageSettings) -> ActorPoolStrategy:
+    size: dict[str, int] = {"size": pool.actors}
+    if pool.max_actors is not None and pool.max_actors > pool.actors:
+        size = {"min_size": pool.actors, "max_size": pool.max_actors}
+    return ActorPoolStrategy(**size, max_tasks_in_flight_per_actor=2)
+
+
+def _execute(
+    settings: TransferSettings,
+    storage: Storage,
+    ledger: Ledger,
+    source: str,
+    chosen: list[str],
+    run_id: str,
+    say: Callable[[str], None],
+    still_ours: Callable[[], bool],
+) -> None:
+    """Runs the graph in a thread, while this one watches and tells.
+
+    Raises:
+        RunFailed: the engine gave up, nothing moves any more, or another run took the output over.
+    """
+    pools = (settings.encode, settings.transfer, settings.finish)
+    with cluster.connected(settings.ray, pools):
+        tracker = ray.remote(num_cpus=0, max_concurrency=1)(Tracker).remote()
+        _configure(settings, storage, ledger)
+        data = graph(settings, storage, source, tracker, run_id)
+        filesystem, path = storage.arrow(ledger.results)
+        failure: list[BaseException] = []
+
+        def write() -> None:
+            try:
+                data.write_parquet(path, filesystem=filesystem, partition_cols=PARTITIONS)
+            except BaseException as error:
+                failure.append(error)
+
+        writer = threading.Thread(target=write, daemon=True, name="ray-data")
+        writer.start()
+        while writer.is_alive():
+            writer.join(settings.progress_s)
+            now = ray.get(tracker.snapshot.remote())
+            say(progress.line(now, len(chosen)))
+            if not still_ours():
+                raise RunFailed("another run took this output over; this one stops")
+            if now["stalled_s"] > settings.ray.stall_s:
+                raise RunFailed(_stall(now["stalled_s"], pools))
+        if failure:
+            raise RunFailed(_reason(failure[0])) from failure[0]
+
+
+def _configure(settings: TransferSettings, storage: Storage, ledger: Ledger) -> None:
+    """Ray Data's own switches: resume by the checkpoint, no silent dropping, no stacks of progress bars."""
+    context = DataContext.get_current()
+    filesystem, path = storage.arrow(ledger.checkpoint)
+    context.checkpoint_config = CheckpointConfig(
+        id_column=ID, checkpoint_path=path, override_filesystem=filesystem, delete_checkpoint_on_success=False
+    )
+    context.max_errored_blocks = 0
+    context.max_consecutive_actor_init_deaths = 2
+    context.execution_no_progress_timeout_s = 10 * (settings.limits.row_seconds + settings.ray.stall_s)  # ours is first
+    context.enable_progress_bars = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.ERROR)  # the whole story stays in Ray's log files
+    context.retried_io_errors = [*context.retried_io_errors, *_RETRIED]
+    context.write_file_retry_on_errors = [*context.write_file_retry_on_errors, *_RETRIED]
+
+
+_RETRIED = (
+    "SlowDown",
+    "ServiceUnavailable",
+    "InternalError",
+    "reduce your request rate",
+    "onnection",
+    "imed out",
+    "imeout",
+)
+
+
+def _stall(seconds: float, pools: tuple[StageSettings, ...]) -> str:
+    """Why nothing moves, as far as can be told."""
+    lacking = cluster.missing(cluster.needs(pools), ray.cluster_resources())
+    why = (
+        f"the cluster lacks {'; '.join(lacking)}"
+        if lacking
+        else "the actors did not start or the storage does not answer"
+    )
+    return f"no row began or ended for {progress.duration(seconds)}: {why}. The same command goes on from here"
+
+
+def _reason(error: BaseException) -> str:
+    """The line of an engine's error that says what happened."""
+    lines = [text.strip() for text in str(error).splitlines() if text.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
+
+
+def _account(ledger: Ledger, ids: list[str], run_id: str) -> dict[str, Any]:
+    """Counts over the selected rows, from the results alone."""
+    selected = set(ids)
+    failed: Counter[str] = Counter()
+    sums: Counter[str] = Counter()
+    versions: dict[str, str] = {}
+    ok = made = made_ok = calls = evaluations = 0
+    columns = [ID, "error_code", "run_id", "denoiser_calls", "evaluations", "versions", *_SUMS]
+    for batch in ledger.scan(columns):
+        for row in batch.to_pylist():
+            if row[ID] not in selected:
+                continue
+            selected.discard(row[ID])
+            code = row["error_code"]
+            mine = row["run_id"] == run_id
+            made += mine
+            if code is not None:
+                failed[code] += 1
+                continue
+            ok += 1
+            made_ok += mine
+            calls += row["denoiser_calls"] or 0 if mine else 0
+            evaluations += row["evaluations"] or 0 if mine else 0
+            sums.update({name: row[name] or 0.0 for name in _SUMS})
+            versions = versions or json.loads(row["versions"])
+    return {
+        "selected": len(ids),
+        "ok": ok,
+        "failed": sum(failed.values()),
+        "left": len(selected),
+        "made": made,
+        "made_ok": made_ok,
+        "denoiser_calls": calls,
+        "evaluations": evaluations,
+        "failed_by_code": dict(failed.most_common()),
+        "seconds_by_stage": {name.removeprefix("seconds_"): round(sums[name] / ok, 4) for name in _SUMS} if ok else {},
+        "versions": versions,
+    }
+
+
+def _shown(ledger: Ledger, ids: list[str]) -> list[dict[str, Any]]:
+    """Rows for the page, in the manifest's order: at most REPORT_ROWS, the failed ones among them first of all."""
+    order = {row: place for place, row in enumerate(ids)}
+    if len(ids) > REPORT_ROWS:
+        done = ledger.done()
+        first = sorted((row for row in ids if row in done), key=lambda row: done[row] is None)[:REPORT_ROWS]
+        order = {row: order[row] for row in first}
+    columns = list(ResultRow.model_fields)
+    rows = [row for batch in ledger.scan(columns, order.keys()) for row in batch.to_pylist()]
+    return sorted(rows, key=lambda row: order[row[ID]])
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
