@@ -20,7 +20,8 @@ demo: venv
 	printf '%s\n' 'a red ball on a blue floor' 'a yellow star at night' > $(DEMO)/prompts.txt
 	$(BIN)/python jobs/plan.py --references $(DEMO)/clips --prompts $(DEMO)/prompts.txt \
 	    --methods fastvmt,ditflow --seeds 0 --output $(DEMO)/manifest
-	$(BIN)/python jobs/transfer.py --manifest $(DEMO)/manifest --output $(DEMO)/transfer
+	$(BIN)/python jobs/transfer.py --manifest $(DEMO)/manifest --output $(DEMO)/transfer \
+	    --transfer.actors 2
 	@echo 'Open $(DEMO)/transfer/run/report.html in a browser.'
 
 test: venv

@@ -72,7 +72,6 @@ class StageSettings(Section):
 class DenoiseSettings(StageSettings):
     """Resources of the pool that runs the diffusion transformer, and how it runs it."""
 
-    cpus: NonNegativeFloat = Field(default=2, description="logical CPUs of one actor")
     batch_rows: PositiveInt = Field(default=4, description="rows of one size and method that are denoised together")
     checkpoint: Literal["none", "selective", "full"] = Field(
         default="selective",
