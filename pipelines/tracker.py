@@ -15,7 +15,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Action = Literal["run", "alone", "crashed", "timed_out"]
@@ -114,7 +114,7 @@ class Tracker:
         self._now.stalled_s = 0.0 if working else now - self._active
         running = ((stage, row, now - begun.at) for (stage, row), begun in self._begun.items())
         self._now.running = sorted(running, key=lambda item: -item[2])[:5]
-        return asdict(self._now)
+        return dict(vars(self._now))
 
 
 def _living_nodes() -> set[str]:

@@ -1,0 +1,80 @@
+"""One run at a time in an output."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pipelines import lock
+from pipelines.storage import Storage
+from schemas import UsageError
+
+FAST = 0.05
+
+
+@pytest.fixture
+def uri(tmp_path):
+    return str(tmp_path / "run" / "lock.json")
+
+
+def stale(uri, **changes):
+    """A lock as another process left it."""
+    owner = lock._identity() | {"token": "theirs"} | changes
+    Storage().write(uri, json.dumps(owner).encode())
+
+
+def test_it_is_released_at_the_end(uri):
+    with lock.held(Storage(), uri):
+        assert Storage().exists(uri)
+    assert not Storage().exists(uri)
+
+
+def test_a_second_run_is_refused_and_told_who_holds_it(uri):
+    with lock.held(Storage(), uri, renew_s=FAST), pytest.raises(UsageError, match=r"process \d+.*wait for it"):  # noqa: SIM117
+        with lock.held(Storage(), uri, renew_s=FAST):
+            pass
+
+
+def test_the_lock_of_a_dead_process_of_this_host_is_taken_over_at_once(uri):
+    process = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    stale(uri, pid=int(process.stdout), started="1")
+    began = time.monotonic()
+    with lock.held(Storage(), uri, renew_s=1):
+        assert time.monotonic() - began < 2
+
+
+def test_a_lock_of_another_host_that_nobody_renews_is_taken_over_after_watching_it(uri):
+    stale(uri, host="elsewhere")
+    with lock.held(Storage(), uri, renew_s=FAST):
+        pass
+
+
+def test_a_lock_of_another_host_that_is_renewed_is_respected(uri):
+    with lock.held(Storage(), uri, renew_s=FAST):
+        owner = json.loads(Storage().read(uri))
+        assert owner["host"]
+        with pytest.raises(UsageError):
+            lock._acquire(Storage(), uri, lock._identity() | {"host": "elsewhere"}, patience=10 * FAST)
+
+
+def test_a_reused_process_id_does_not_look_alive(uri):
+    stale(uri, started="1")  # this process's id, begun at another time
+    with lock.held(Storage(), uri, renew_s=1):
+        pass
+
+
+def test_a_run_that_slept_notices_that_it_lost_the_lock(uri):
+    with lock.held(Storage(), uri, renew_s=FAST) as still_ours:
+        assert still_ours()
+        stale(uri)
+        time.sleep(6 * FAST)
+        assert not still_ours()
+    assert Storage().exists(uri)  # it is theirs now
+
+
+def test_a_lock_that_was_cut_off_while_written_is_taken_over(uri):
+    Storage().write(uri, b'{"tok')
+    with lock.held(Storage(), uri, renew_s=FAST):
+        pass
