@@ -6,7 +6,9 @@ import contextlib
 import logging
 import math
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -46,6 +48,7 @@ def connected(settings: RaySettings, pools: Sequence[StageSettings]) -> Iterator
     address = settings.address or os.environ.get("RAY_ADDRESS")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     needed = needs(pools)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     if address:
         ray.init(address=address, **quiet)
     else:
@@ -54,6 +57,8 @@ def connected(settings: RaySettings, pools: Sequence[StageSettings]) -> Iterator
             os.environ.setdefault(name, value)
         with _native_stderr_closed():  # Ray's C++ prints there that it will now print less
             ray.init(address="local", num_cpus=local, include_dashboard=False, **quiet)
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray put its own in the place
     try:
         wait_for(needed, settings.wait_s if address else 0)
         yield

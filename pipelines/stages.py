@@ -1,181 +1,43 @@
 """The three actors of the main job. Frames never leave an actor: latents travel as safetensors bytes, videos as objects.
 
-    Encode    reference -> latents (VAE), prompts -> embeddings (UMT5)         payload: latents, empty, text, negative
-    Transfer  latents -> motion (once per reference), noise -> latents (DiT)   payload: latents
-    Finish    latents -> mp4 -> verified -> one PUT                            a result row
-
-Errors are caught per row: a bad row becomes a failed row, its neighbours go on.
+Encode    reference -> latents (VAE), prompts -> embeddings (UMT5)         payload: latents, empty, text, negative
+Transfer  latents -> motion (once per reference), noise -> latents (DiT)   payload: latents
+Finish    latents -> mp4 -> verified -> one PUT                            a result row
 """
 
 from __future__ import annotations
 
-import gc
 import json
 import platform
 import tempfile
-import time
-from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar, Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
-import pyarrow as pa
-import ray
 import torch
 from safetensors.torch import load, save
 
 from pipelines import models
-from pipelines.storage import Storage, StorageUnavailable, describe, join, scheme, sha256
-from pipelines.tracker import Watchdog
-from schemas import ErrorCode, ResultRow, RowError, TransferSettings
+from pipelines.stage import LastStage, Outcome, Row, Stage
+from pipelines.storage import join, scheme, sha256
+from schemas import ErrorCode, RowError, StageSettings, TransferSettings
 from vmt_core import video
-from vmt_core.backbone.wan import Backbone, Part
+from vmt_core.backbone.wan import Backbone
 from vmt_core.methods import build
 from vmt_core.transfer import Artifact, MotionTransfer, Sampling
 
-Row = dict[str, Any]
-Outcome = Row | RowError  # columns to set, or why the row failed
 V = TypeVar("V")
 
-#: What travels between the stages: the result row in the making, and the payload.
-STATE = pa.schema(
-    [*(field.with_nullable(True) for field in ResultRow.arrow_schema()), pa.field("payload", pa.large_binary())]
-)
 
-
-class Stage(ABC):
-    """One actor: settings and the model part are loaded once, then batches of rows go through `work`.
-
-    Args:
-        settings: of the job.
-        tracker: handle of the run's Tracker actor.
-        run_id: identity of the run.
-    """
-
-    name: ClassVar[Literal["encode", "transfer", "finish"]]
-    part: ClassVar[Part | None] = None
-
-    def __init__(self, settings: TransferSettings, tracker: Any, run_id: str) -> None:
-        self.settings, self.tracker, self.run_id = settings, tracker, run_id
-        self.storage = Storage(settings.storage)
-        self.node = ray.get_runtime_context().get_node_id()
-        self.watchdog = Watchdog()
-        self.resources = getattr(settings, self.name)
-        torch.set_num_threads(self.resources.threads or max(1, int(self.resources.cpus)))
-        gpu = settings.device == "cuda" or (settings.device == "auto" and self.resources.gpus > 0)
-        self.device = torch.device("cuda" if gpu else "cpu")
-        if gpu:
-            torch.use_deterministic_algorithms(True, warn_only=True)
-        self.setup()
-
-    @abstractmethod
-    def setup(self) -> None:
-        """Loads what the stage needs, once."""
-
-    @abstractmethod
-    def work(self, rows: list[Row], *, smaller: bool) -> list[Outcome]:
-        """Results of a group of rows, in order.
-
-        Args:
-            smaller: spend less memory; the last try after running out of it.
-        """
-
-    def groups(self, rows: list[Row]) -> list[list[Row]]:
-        """Rows that are worked on together."""
-        return [[row] for row in rows]
-
-    def __call__(self, table: pa.Table) -> pa.Table:
-        rows = table.to_pylist()
-        todo = [row for row in rows if row.get("error_code") is None]
-        admitted = ray.get(self.tracker.admit.remote(self.name, [row["sample_id"] for row in todo])) if todo else {}
-        together, alone = [], []
-        for row in todo:
-            action, attempts = admitted[row["sample_id"]]
-            row["attempts"] = attempts
-            if action == "crashed":
-                self._fail(row, RowError(ErrorCode.CRASHED, "the row took its worker process down twice"))
-            elif action == "timed_out":
-                budget = self.settings.limits.row_seconds
-                self._fail(row, RowError(ErrorCode.TIMED_OUT, f"the row took more than limits.row_seconds={budget:g}"))
-            else:
-                (alone if action == "alone" else together).append(row)
-        for group in [*self.groups(together), *([row] for row in alone)]:
-            self._run(group)
-        return self.output(rows)
-
-    def output(self, rows: list[Row]) -> pa.Table:
-        """The batch for the next stage."""
-        return pa.Table.from_pylist(rows, schema=STATE)
-
-    def _run(self, group: list[Row]) -> None:
-        """Works on a group; if that fails as a whole, on each of its rows alone."""
-        ids = [row["sample_id"] for row in group]
-        budget = self.settings.limits.row_seconds * len(group)
-        began = time.perf_counter()
-        ray.get(self.tracker.begin.remote(self.name, ids, self.node, budget))
-        self.watchdog.arm(budget)
-        try:
-            outcomes = self._attempt(group)
-        finally:
-            self.watchdog.disarm()
-            seconds = time.perf_counter() - began
-            ray.get(self.tracker.end.remote(self.name, ids, seconds))
-        if outcomes is None:
-            for row in group:
-                self._run([row])
-            return
-        for row, outcome in zip(group, outcomes, strict=True):
-            row[f"seconds_{self.name}"] = seconds / len(group)
-            if isinstance(outcome, RowError):
-                self._fail(row, outcome)
-            else:
-                row.update(outcome)
-
-    def _attempt(self, group: list[Row]) -> list[Outcome] | None:
-        """Outcomes of the group, or None if its rows should be tried one by one."""
-        for smaller in (False, True):
-            try:
-                return self.work(group, smaller=smaller)
-            except RowError as error:
-                if len(group) == 1:
-                    return [error]
-            except StorageUnavailable as error:
-                if len(group) == 1:
-                    return [RowError(ErrorCode.STORAGE_UNAVAILABLE, str(error))]
-            except Exception as error:
-                memory = out_of_memory(error)
-                if memory:
-                    gc.collect()
-                    if torch.cuda.is_available():
-                        torch.cuda.empty_cache()
-                if len(group) > 1:
-                    what = "running out of memory" if memory else describe(error)
-                    for row in group:
-                        _note(row, f"{self.name}: alone, after a batch of {len(group)} failed ({what})")
-                elif not memory:
-                    return [RowError(ErrorCode.INTERNAL, describe(error))]
-                elif smaller:
-                    return [
-                        RowError(
-                            ErrorCode.OUT_OF_MEMORY, f"{describe(error)}; lower the size, or give the stage more memory"
-                        )
-                    ]
-                else:
-                    _note(group[0], f"{self.name}: with less memory, after running out of it")
-                    continue
-            return None
-        raise AssertionError("unreachable")
-
-    def _fail(self, row: Row, error: RowError) -> None:
-        row |= {
-            "error_code": error.code.value,
-            "error_message": error.message[:2000],
-            "stage": self.name,
-            "payload": None,
-        }
+def device(settings: TransferSettings, resources: StageSettings) -> torch.device:
+    """Where an actor computes; sets its threads, and on a GPU deterministic kernels where there are any."""
+    torch.set_num_threads(resources.threads or max(1, int(resources.cpus)))
+    if settings.device == "cuda" or (settings.device == "auto" and resources.gpus > 0):
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        return torch.device("cuda")
+    return torch.device("cpu")
 
 
 class Encode(Stage):
@@ -184,9 +46,9 @@ class Encode(Stage):
     name = "encode"
 
     def setup(self) -> None:
-        path = models.local(self.settings.model, self.storage)
+        path, where = models.local(self.settings.model, self.storage), device(self.settings, self.resources)
         self.backbones: Cache[Backbone] = Cache(2)
-        self.load = lambda dtype: Backbone.load(path, parts=("vae", "text"), device=self.device, dtype=dtype)
+        self.load = lambda dtype: Backbone.load(path, parts=("vae", "text"), device=where, dtype=dtype)
         self.references: Cache[tuple[bytes, str] | RowError] = Cache(8)
         self.captions: Cache[torch.Tensor] = Cache(1024)
 
@@ -257,10 +119,15 @@ class Transfer(Stage):
     name = "transfer"
 
     def setup(self) -> None:
-        path = models.local(self.settings.model, self.storage)
+        path, where = models.local(self.settings.model, self.storage), device(self.settings, self.resources)
         self.backbones: Cache[Backbone] = Cache(1)
-        self.load = lambda dtype: Backbone.load(path, parts=("transformer",), device=self.device, dtype=dtype)
+        self.load = lambda dtype: Backbone.load(path, parts=("transformer",), device=where, dtype=dtype)
         self.artifacts: Cache[Artifact] = Cache(8)
+
+    def free(self) -> None:
+        super().free()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
     def groups(self, rows: list[Row]) -> list[list[Row]]:
         alike: dict[Hashable, list[Row]] = {}
@@ -311,14 +178,14 @@ class Transfer(Stage):
         return outcomes
 
 
-class Finish(Stage):
+class Finish(LastStage):
     """Decodes latents, writes the video, checks it, uploads it; then, and only then, the row is ok."""
 
     name = "finish"
 
     def setup(self) -> None:
-        path = models.local(self.settings.model, self.storage)
-        self.backbone = Backbone.load(path, parts=("vae",), device=self.device)
+        path, where = models.local(self.settings.model, self.storage), device(self.settings, self.resources)
+        self.backbone = Backbone.load(path, parts=("vae",), device=where)
         packages = ("torch", "diffusers", "transformers", "ray", "av")
         self.versions = json.dumps({"python": platform.python_version()} | {name: version(name) for name in packages})
 
@@ -337,24 +204,6 @@ class Finish(Stage):
             video.verify(local, frames=row["frames"], height=row["height"], width=row["width"])
             self.storage.put(local, uri)
             return [{"video_uri": uri, "video_bytes": local.stat().st_size, "video_sha256": sha256(local)}]
-
-    def output(self, rows: list[Row]) -> pa.Table:
-        """Result rows, each checked against its schema."""
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        results = []
-        for row in rows:
-            row |= {
-                "status": "ok" if row["error_code"] is None else "failed",
-                "versions": self.versions,
-                "run_id": self.run_id,
-                "finished_at": now,
-            }
-            row.pop("payload", None)
-            results.append(
-                ResultRow.model_validate({k: v for k, v in row.items() if k in ResultRow.model_fields}).model_dump()
-            )
-        ray.get(self.tracker.finished.remote([row["error_code"] and str(row["error_code"]) for row in results]))
-        return pa.Table.from_pylist(results, schema=ResultRow.arrow_schema())
 
 
 class Cache(Generic[V]):
@@ -381,20 +230,9 @@ def reference_key(row: Row) -> str:
     return f"{row['reference_digest'][:24]}-{row['start_frame']}-{end}-{row['fps']:.6g}-{size}"
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """True for the ways in which torch and Python say it."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
-    )
-
-
 _ALIKE = ("dtype", "method", "method_settings", "height", "width", "frames", "steps", "shift", "guidance_scale")
 
 
 def _pack(tensors: dict[str, torch.Tensor]) -> bytes:
     """Tensors as safetensors bytes; equal prompts may share one embedding, which safetensors would refuse."""
     return save({name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()})
-
-
-def _note(row: Row, text: str) -> None:
-    row["notes"] = f"{row['notes']}; {text}" if row.get("notes") else text

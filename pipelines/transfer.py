@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Any
 
-import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data.checkpoint import CheckpointConfig
@@ -22,7 +21,7 @@ from ray.data.checkpoint import CheckpointConfig
 from pipelines import cluster, lock, manifest, models, progress, report
 from pipelines.cluster import RunFailed
 from pipelines.ledger import ID, PARTITIONS, Ledger
-from pipelines.stages import STATE
+from pipelines.stage import begin
 from pipelines.storage import Storage, describe, join
 from pipelines.tracker import Tracker
 from schemas import ManifestRow, ResultRow, StageSettings, TransferSettings, UsageError
@@ -131,7 +130,7 @@ def graph(settings: TransferSettings, storage: Storage, source: str, tracker: An
     rows = settings.rows_per_block or settings.transfer.batch_rows
     data = ray.data.read_parquet(path, filesystem=filesystem, schema=ManifestRow.arrow_schema())
     data = data.repartition(target_num_rows_per_block=rows)
-    data = data.map_batches(_begin, batch_size=rows, batch_format="pyarrow", num_cpus=1)
+    data = data.map_batches(begin, batch_size=rows, batch_format="pyarrow", num_cpus=1)
     for actor, pool in (
         (stages.Encode, settings.encode),
         (stages.Transfer, settings.transfer),
@@ -148,15 +147,6 @@ def graph(settings: TransferSettings, storage: Storage, source: str, tracker: An
             memory=pool.memory_gib * 2**30 if pool.memory_gib else None,
         )
     return data
-
-
-def _begin(table: pa.Table) -> pa.Table:
-    """Manifest rows as the state that travels between the stages."""
-    columns = [
-        table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(table.num_rows, field.type)
-        for field in STATE
-    ]
-    return pa.table(columns, schema=STATE)
 
 
 def _pool(pool: StageSettings) -> ActorPoolStrategy:

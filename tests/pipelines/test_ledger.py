@@ -119,7 +119,7 @@ def test_forgotten_rows_are_gone_and_their_neighbours_stay(out, ledger):
 def test_an_unreadable_result_file_is_an_error_that_names_it(out, ledger):
     commit(out, "a", [result(1)])
     (out / "results/status=ok/method=none/a-0.parquet").write_bytes(b"not parquet at all")
-    with pytest.raises(ValueError, match="a-0.parquet"):
+    with pytest.raises(ValueError, match=r"a-0\.parquet"):
         ledger.mend()
 
 

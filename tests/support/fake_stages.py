@@ -7,20 +7,20 @@
     "oom …"    runs out of memory unless it is alone and careful
     "always oom …", "raise …", "nan …"  fail as they say
 
-Every row that a denoiser sees is appended to the file VMT_TEST_LOG.
+Every row that a denoiser sees is appended to the file VMT_TEST_LOG. With VMT_TEST_BROKEN_START no denoiser starts.
 """
 
 import os
 import time
 
-import torch
-
-from pipelines import stages
+from pipelines.stage import LastStage, Stage
 from pipelines.storage import join
 from schemas import ErrorCode, RowError
 
 
-class Encode(stages.Encode):
+class Encode(Stage):
+    name = "encode"
+
     def setup(self):
         pass
 
@@ -28,9 +28,15 @@ class Encode(stages.Encode):
         return [{"payload": row["prompt"].encode()} for row in rows]
 
 
-class Transfer(stages.Transfer):
+class Transfer(Stage):
+    name = "transfer"
+
     def setup(self):
-        pass
+        if os.environ.get("VMT_TEST_BROKEN_START"):
+            raise FileNotFoundError("the weights are gone")
+
+    def groups(self, rows):
+        return [rows] if rows else []
 
     def work(self, rows, *, smaller):
         for row in rows:
@@ -42,7 +48,7 @@ class Transfer(stages.Transfer):
             if kind == "hang":
                 time.sleep(1e6)
             if kind == "always oom" or (kind == "oom" and (len(rows) > 1 or not smaller)):
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+                raise MemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
             if kind == "raise":
                 raise ZeroDivisionError("division by zero")
         return [
@@ -53,9 +59,11 @@ class Transfer(stages.Transfer):
         ]
 
 
-class Finish(stages.Finish):
+class Finish(LastStage):
+    name = "finish"
+
     def setup(self):
-        self.versions = "{}"
+        pass
 
     def work(self, rows, *, smaller):
         (row,) = rows
