@@ -71,7 +71,8 @@ class Storage:
         fs, path = self.filesystem(uri)
         if isinstance(fs, LocalFileSystem):
             return pafs.LocalFileSystem(), path
-        return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
+        retrying = _s3(self.settings, self.settings.attempts)  # who writes through Arrow has no retries of its own
+        return pafs.PyFileSystem(pafs.FSSpecHandler(retrying)), path
 
     def read(self, uri: str) -> bytes:
         """A whole object."""
@@ -246,7 +247,7 @@ def join(uri: str, *parts: str) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def _s3(settings: StorageSettings) -> AbstractFileSystem:
+def _s3(settings: StorageSettings, attempts: int = 1) -> AbstractFileSystem:
     """A connection of this process; listings are never cached, since other processes write too."""
     import s3fs
 
@@ -257,7 +258,7 @@ def _s3(settings: StorageSettings) -> AbstractFileSystem:
         config_kwargs={
             "connect_timeout": min(10, settings.timeout_s),
             "read_timeout": settings.timeout_s,
-            "retries": {"max_attempts": 1, "mode": "standard"},
+            "retries": {"total_max_attempts": attempts, "mode": "standard"},
         },
         use_listings_cache=False,
         skip_instance_cache=True,

@@ -142,7 +142,7 @@ def test_a_storage_that_stumbles_costs_time_and_no_row(bucket, s3_server, tmp_pa
     faults = [
         Rule(method="GET", key=f"/{bucket}/manifest", count=2),
         Rule(method="PUT", key=f"/{bucket}/out/videos", count=4),
-        Rule(method="PUT", key=f"/{bucket}/out/videos", fault="reset", count=1),
+        Rule(method="PUT", key=f"/{bucket}/out/videos", fault="reset", nth=(7,)),
         Rule(method="PUT", key=f"/{bucket}/out/results", count=3),
         Rule(method="PUT", key=f"/{bucket}/out/run/checkpoint", count=3),
         Rule(method="GET", key=f"/{bucket}/out/results", fault="stall", count=1),

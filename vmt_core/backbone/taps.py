@@ -98,7 +98,8 @@ def _query_key(
 
     def finish(projected: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
         rotated: Tensor = _rotate(norm(projected).unflatten(2, (attention.heads, -1)), *rotary)
-        return rotated.unflatten(1, (geometry.frames, geometry.per_frame))  # (B, F, rows*cols, heads, head_dim)
+        by_frame: Tensor = rotated.unflatten(1, (geometry.frames, geometry.per_frame))
+        return by_frame  # (B, F, rows*cols, heads, head_dim)
 
     return finish(query, attention.norm_q), finish(key, attention.norm_k)
 

@@ -60,19 +60,14 @@ class Backbone:
         self = cls(path, device, dtype, checkpoint_policy)
         safe: dict[str, Any] = {"use_safetensors": True}
         if "transformer" in parts:
-            transformer = WanTransformer3DModel.from_pretrained(
-                path, subfolder="transformer", torch_dtype=dtype, **safe
-            )
-            config = transformer.config
-            if (
-                config.image_dim is not None
-                or config.in_channels != config.out_channels
-                or (path / "transformer_2").exists()
-            ):
+            config = WanTransformer3DModel.load_config(path, subfolder="transformer")
+            image = config.get("image_dim") is not None or config["in_channels"] != config["out_channels"]
+            if image or (path / "transformer_2").exists():
                 raise ValueError(f"{model}: only Wan 2.1 text-to-video is supported, not image-to-video or Wan 2.2")
+            transformer = WanTransformer3DModel.from_pretrained(path, subfolder="transformer", dtype=dtype, **safe)
             self.parts["transformer"] = transformer.eval().requires_grad_(False).to(device)
         if "vae" in parts:
-            vae = AutoencoderKLWan.from_pretrained(path, subfolder="vae", torch_dtype=torch.float32, **safe)
+            vae = AutoencoderKLWan.from_pretrained(path, subfolder="vae", dtype=torch.float32, **safe)
             self.parts["vae"] = vae.eval().requires_grad_(False).to(device)
         if "text" in parts:
             text = UMT5EncoderModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype, **safe)
@@ -131,7 +126,7 @@ class Backbone:
         )
         ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
         embedding: Tensor = self.parts["text"](ids, mask).last_hidden_state[0]
-        return embedding[: int(mask.sum())].to(self.dtype).cpu()  # type: ignore[no-any-return]
+        return embedding[: int(mask.sum())].to(self.dtype).cpu()
 
     def pad(self, captions: Sequence[Text]) -> TextBatch:
         """Captions as a batch (B, 512, dim) on the device; zeros after the last valid token, as Wan was trained."""
@@ -142,8 +137,8 @@ class Backbone:
 
     def velocity(self, latents: LatentBatch, timestep: Tensor, text: TextBatch) -> LatentBatch:
         """v = eps - z of a batch, fp32; the transformer sees the latents in its own dtype."""
-        out = self.transformer(latents.to(self.dtype), timestep, text, return_dict=False)[0]
-        return out.float()  # type: ignore[no-any-return]
+        out: Tensor = self.transformer(latents.to(self.dtype), timestep, text, return_dict=False)[0]
+        return out.float()
 
     def features(
         self, latents: LatentBatch, timestep: Tensor, text: TextBatch, at: Sequence[Tap]

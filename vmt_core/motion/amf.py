@@ -67,6 +67,8 @@ class _AMF(BaseModel):
     def _query_key(self, features: Features) -> tuple[Tensor, Tensor, float]:
         """q and k with concatenated heads, each (F, N, heads*head_dim), and the scale of their products."""
         query, key = features[self.taps[0]]
+        if len(query) < 2:
+            raise ValueError(f"motion needs at least 2 latent frames (5 video frames), not {len(query)}")
         heads, head_dim = query.shape[-2:]
         return query.flatten(2), key.flatten(2), self.temperature / (heads * head_dim**0.5)
 
@@ -190,11 +192,14 @@ def _tiles(geometry: Geometry, tile: tuple[int, int], device: torch.device) -> t
 
 
 def _window(geometry: Geometry, side: int, centres: Int[Tensor, "pairs n 2"]) -> Bool[Tensor, "pairs n m"]:
-    """Which keys lie within side // 2 of each centre, the centre moved so that the whole window lies in the frame."""
+    """Which keys lie within side // 2 of each centre, the centre moved so that the whole window lies in the frame.
+
+    A side as large as the frame's, or larger, takes all of it.
+    """
     inside = []
     for axis, size in enumerate((geometry.rows, geometry.cols)):
-        radius = min(side // 2, (size - 1) // 2)
-        centre = centres[..., axis].clamp(radius, size - 1 - radius)
+        radius = side // 2 if side < size else size
+        centre = centres[..., axis].clamp(min(radius, size - 1), max(size - 1 - radius, 0))
         inside.append((torch.arange(size, device=centre.device) - centre[..., None]).abs() <= radius)
     return (inside[0][..., :, None] & inside[1][..., None, :]).flatten(2)
 

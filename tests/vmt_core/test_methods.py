@@ -1,0 +1,45 @@
+"""The registry."""
+
+import pytest
+
+from vmt_core import METHODS
+from vmt_core.backbone.geometry import Tap
+from vmt_core.methods import PRESETS, build
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_made_again_from_its_own_settings(name, preset):
+    method = METHODS[name](preset=preset)
+    assert method.name == name
+    assert METHODS[name](**method.settings()) == method
+    assert build(name, method.settings()) == method
+
+
+def test_single_settings_override_a_preset():
+    method = METHODS["fastvmt"](preset="paper", guidance={"inner": 5}, objective={"window": 11})
+    assert method.guidance.inner == 5
+    assert method.guidance.level == "step"
+    assert method.guidance.objective.window == 11
+
+
+def test_objectives_say_where_they_read():
+    assert METHODS["fastvmt"]().guidance.objective.taps == (Tap(14, "qk"),)
+    assert METHODS["none"]().guidance is None
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("fastmvt", {}, "'fastmvt' is not one of ditflow, fastvmt, none"),
+        ("fastvmt", {"guidance": {"inner": 0}}, "inner"),
+        ("fastvmt", {"guidance": {"iner": 5}}, "iner"),
+        ("fastvmt", {"objective": {"window": 4}}, "window=4 has no centre"),
+        ("none", {"guidance": {}}, "guidance"),
+        ("ditflow", {"preset": "best"}, "'best' is not one of default, paper, nano"),
+    ],
+)
+def test_what_cannot_be_built_is_one_line_that_names_it(name, settings, message):
+    with pytest.raises(ValueError, match=message) as caught:
+        build(name, settings)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,144 @@
+"""MotionTransfer as a notebook uses it, on a tiny random Wan."""
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+
+from vmt_core import METHODS, Artifact, MotionTransfer, Sampling
+from vmt_core.backbone.sampler import noise
+from vmt_core.world.clips import render
+
+SAMPLING = Sampling(steps=4, shift=3.0, guidance_scale=4.0)
+SMALL = {"objective": {"block": 1}, "guidance": {"span": 0.5}}
+
+
+def method(name, **changes):
+    return METHODS[name](**(({} if name == "none" else SMALL) | changes))
+
+
+def clip(seed=0, motion="line"):
+    return render(motion, frames=9, height=48, width=64, seed=seed)
+
+
+@pytest.fixture(params=["none", "fastvmt", "ditflow"])
+def name(request):
+    return request.param
+
+
+class WanSchedule(FlowMatchEulerDiscreteScheduler):
+    """Wan's own sigmas, linear and then shifted; left alone, diffusers shifts the last one twice."""
+
+    def set_timesteps(self, steps, device=None, **kwargs):
+        super().set_timesteps(sigmas=np.linspace(1, 0, steps + 1)[:-1], device=device)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_plain_sampling_is_bit_equal_to_diffusers(tiny, folder, scale):
+    pipeline = WanPipeline.from_pretrained(folder)
+    pipeline.scheduler = WanSchedule(shift=3.0)
+    pipeline.set_progress_bar_config(disable=True)
+    shape = (16, 3, 6, 8)
+    theirs = pipeline(
+        prompt="a red ball",
+        negative_prompt="blurred",
+        height=48,
+        width=64,
+        num_frames=9,
+        num_inference_steps=4,
+        guidance_scale=scale,
+        latents=noise(5, shape)[0].unsqueeze(0),
+        output_type="latent",
+        return_dict=False,
+    )[0]
+    transfer = MotionTransfer(tiny, METHODS["none"](), Sampling(4, 3.0, scale))
+    artifact = Artifact(torch.zeros(shape), tiny.caption(""))
+    ours = transfer.denoise([artifact], [tiny.caption("a red ball")], [tiny.caption("blurred")], [5]).latents
+    assert torch.equal(ours, theirs)
+
+
+@torch.no_grad()
+def test_captions_are_those_of_diffusers(tiny, folder):
+    pipeline = WanPipeline.from_pretrained(folder)
+    text = "A red ball,  on a <b>blue</b> floor &amp; more…"
+    theirs, _ = pipeline.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=512)
+    assert torch.equal(tiny.pad([tiny.caption(text)]), theirs)
+
+
+@pytest.mark.parametrize(("backbone", "tolerance"), [("tiny_bf16", 0.0), ("tiny", 1e-4)])
+def test_a_row_is_the_same_alone_and_in_a_batch(request, backbone, tolerance, name):
+    """Bit for bit in bf16; in fp32 the matrix products of this CPU depend on the batch in their last bits."""
+    backbone = request.getfixturevalue(backbone)
+    transfer = MotionTransfer(backbone, method(name), SAMPLING)
+    artifacts = [transfer.prepare(clip(seed)) for seed in range(4)]
+    texts = [backbone.caption(text) for text in ("a", "a red ball", "a star at night", "")]
+    negative = [backbone.caption("")] * 4
+    batch = transfer.denoise(artifacts, texts, negative, [1, 2, 3, 4])
+    for index in range(4):
+        alone = transfer.denoise([artifacts[index]], [texts[index]], negative[:1], [index + 1])
+        assert (alone.latents[0] - batch.latents[index]).abs().max() <= tolerance
+
+
+def test_videos_come_prompt_by_prompt_each_with_every_seed(tiny_bf16, name):
+    transfer = MotionTransfer(tiny_bf16, method(name), SAMPLING)
+    artifact = transfer.prepare(clip())
+    videos = transfer.transfer(artifact, ["a red ball", "a star"], seeds=[0, 1])
+    assert [video.shape for video in videos] == [(9, 3, 48, 64)] * 4
+    assert all(video.dtype == torch.uint8 for video in videos)
+    assert torch.equal(transfer.transfer(artifact, ["a star"], seeds=[1])[0], videos[3])
+
+
+@pytest.mark.parametrize("kind", ["fastvmt", "ditflow"])
+def test_guidance_lowers_its_loss(tiny, kind):
+    transfer = MotionTransfer(
+        tiny, method(kind, guidance={"span": 0.5, "interval": 1, "learning_rate": (0.02, 0.02)}), SAMPLING
+    )
+    artifact = transfer.prepare(clip())
+    caption = tiny.caption("a red ball")
+    denoised = transfer.denoise([artifact], [caption], [tiny.caption("")], [0])
+    (log,) = denoised.logs
+    inner = transfer.method.guidance.inner
+    assert log.losses[inner - 1] < log.losses[0]  # within the first guided step
+    assert log.evaluations == transfer.method.guidance.evaluations(4) == len(log.losses)
+    plain = MotionTransfer(tiny, METHODS["none"](), SAMPLING).denoise([artifact], [caption], [tiny.caption("")], [0])
+    assert not torch.equal(plain.latents, denoised.latents)
+
+
+def test_a_reference_at_the_steps_own_noise_level(tiny):
+    transfer = MotionTransfer(tiny, method("fastvmt", guidance={"level": "step", "span": 0.5}), SAMPLING)
+    artifact = transfer.prepare(clip())
+    assert artifact.motion == {}  # read anew at every guided step
+    assert len(transfer.transfer(artifact, ["a red ball"], seeds=[0])) == 1
+
+
+def test_sdedit_starts_from_the_noised_reference(tiny):
+    transfer = MotionTransfer(tiny, METHODS["none"](start={"kind": "sdedit", "strength": 0.01}), Sampling(4, 3.0, 1.0))
+    artifact = transfer.prepare(clip())
+    latents = transfer.denoise([artifact], [tiny.caption("")], [tiny.caption("")], [0]).latents[0]
+    assert (latents - artifact.latents).abs().mean() < 0.1  # hardly any noise was put in
+
+
+@pytest.mark.parametrize("kind", ["fastvmt", "ditflow", "none"])
+def test_an_artifact_survives_its_file(tiny, tmp_path, kind):
+    artifact = MotionTransfer(tiny, method(kind), SAMPLING).prepare(clip())
+    artifact.save(tmp_path / "a.safetensors")
+    loaded = Artifact.load(tmp_path / "a.safetensors")
+    assert loaded.method == kind
+    assert torch.equal(loaded.latents, artifact.latents)
+    assert torch.equal(loaded.empty, artifact.empty)
+    assert loaded.motion.keys() == artifact.motion.keys()
+    assert all(torch.equal(loaded.motion[key], artifact.motion[key]) for key in loaded.motion)
+
+
+def test_one_artifact_serves_many_prompts_without_reading_the_model_again(tiny, monkeypatch):
+    transfer = MotionTransfer(tiny, method("ditflow"), SAMPLING)
+    artifact = transfer.prepare(clip())
+    monkeypatch.setattr(type(tiny), "encode", None)
+    assert len(transfer.transfer(artifact, ["a", "b"], seeds=[0])) == 2
+
+
+def test_a_method_that_reads_a_block_beyond_the_model_is_refused_with_the_way_out(tiny):
+    with pytest.raises(
+        ValueError, match=r"fastvmt reads block 14, but this model has blocks 0\.\.2: use preset 'nano'"
+    ):
+        MotionTransfer(tiny, METHODS["fastvmt"]())
