@@ -34,7 +34,8 @@ def load(cls: type[S], argv: list[str] | None = None) -> S:
         job.model_config = {**cls.model_config, "yaml_file": path}
         _check_yaml(path)
     try:
-        settings: S = job(_cli_settings_source=CliSettingsSource(job, cli_parse_args=argv))
+        loaded = job(_cli_settings_source=CliSettingsSource(job, cli_parse_args=argv))
+        settings = cls(**loaded.model_dump())  # of the class itself, which other processes know
     except ValidationError as error:
         fail(*(_explain(cls, fault) for fault in error.errors()))
     except SettingsError as error:

@@ -20,6 +20,14 @@ from pydantic_settings import (
 )
 
 
+def _comma_list(value: Any) -> Any:
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+
+
+CommaStrings = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_list)]
+CommaInts = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_comma_list)]
+
+
 class Section(BaseModel):
     """A named group of settings."""
 
@@ -39,7 +47,7 @@ class StorageSettings(Section):
 class LimitSettings(Section):
     """What a row may ask for; checked before anything is decoded or computed."""
 
-    schemes: tuple[str, ...] = Field(default=("file", "s3"), description="URI schemes that references may have")
+    schemes: CommaStrings = Field(default=("file", "s3"), description="URI schemes that references may have")
     max_reference_mib: PositiveFloat = Field(default=2048, description="size of a reference file, MiB")
     max_frames: PositiveInt = Field(default=20_000, description="frames of a reference file")
     max_duration_s: PositiveFloat = Field(default=1800, description="duration of a reference file, seconds")
@@ -102,14 +110,6 @@ class VideoSettings(Section):
 
     crf: int = Field(default=18, ge=0, le=51, description="constant rate factor; smaller is better and larger")
     preset: str = Field(default="medium", description="x264 preset")
-
-
-def _comma_list(value: Any) -> Any:
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-
-
-CommaStrings = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_list)]
-CommaInts = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_comma_list)]
 
 
 class JobSettings(BaseSettings):

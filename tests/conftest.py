@@ -3,8 +3,12 @@
 import uuid
 
 import pytest
+from hypothesis import settings
 
 from support.s3 import CREDENTIALS, REGION, make_bucket, moto_server
+
+settings.register_profile("vmt", deadline=None, max_examples=50, derandomize=True)
+settings.load_profile("vmt")
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,136 @@
+"""The rows that flow."""
+
+import pyarrow as pa
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from schemas import ErrorCode, ManifestRow, Reference, ResultRow, sample_id
+from schemas.rows import NOT_DECISIVE
+
+TEXT = st.text(max_size=40)
+VALUES = st.fixed_dictionaries(
+    {
+        "reference_uri": TEXT,
+        "reference_digest": TEXT,
+        "start_frame": st.integers(0, 1000),
+        "end_frame": st.none() | st.integers(0, 1000),
+        "fps": st.floats(1, 240),
+        "height": st.integers(1, 100).map(lambda n: 16 * n),
+        "width": st.integers(1, 100).map(lambda n: 16 * n),
+        "frames": st.integers(1, 30).map(lambda n: 4 * n + 1),
+        "prompt": TEXT,
+        "negative_prompt": TEXT,
+        "method": st.sampled_from(["fastvmt", "none"]),
+        "method_settings": st.sampled_from(["{}", '{"start":{}}']),
+        "seed": st.integers(0, 2**63 - 1),
+        "steps": st.integers(1, 1000),
+        "shift": st.floats(0.1, 20),
+        "guidance_scale": st.floats(0, 20),
+        "dtype": st.sampled_from(["bfloat16", "float32"]),
+        "model": TEXT,
+        "model_revision": TEXT,
+        "video_version": st.integers(1, 9),
+        "caption": st.none() | TEXT,
+        "category": st.none() | TEXT,
+        "licence": st.none() | TEXT,
+    }
+)
+
+
+def plain(**changes):
+    values = {
+        "reference_uri": "a.mp4", "reference_digest": "d", "start_frame": 0, "fps": 12.0, "height": 64, "width": 64,
+        "frames": 5, "prompt": "a red ball", "method": "none", "seed": 0, "steps": 2, "shift": 3.0,
+        "guidance_scale": 1.0, "model": "wan-nano", "model_revision": "r", "video_version": 1,
+    }  # fmt: skip
+    return values | changes
+
+
+@given(VALUES)
+def test_a_planned_row_is_valid_and_its_id_is_a_digest(values):
+    row = ManifestRow.planned(**values)
+    assert row.sample_id == sample_id(row.model_dump())
+    assert len(row.sample_id) == 32
+
+
+@given(VALUES, VALUES)
+def test_the_id_changes_if_and_only_if_something_decisive_changes(one, other):
+    decisive = {name for name in one if one[name] != other[name]} - NOT_DECISIVE
+    assert (sample_id(one) != sample_id(other)) == bool(decisive)
+
+
+@given(VALUES, st.data())
+def test_every_single_decisive_column_changes_the_id(values, data):
+    name = data.draw(st.sampled_from(sorted(set(values) - NOT_DECISIVE)))
+    assert sample_id(values) != sample_id(values | {name: "something else"})
+
+
+@given(VALUES)
+def test_the_id_does_not_depend_on_order_or_on_columns_left_at_their_default(values):
+    assert sample_id(dict(reversed(values.items()))) == sample_id(values)
+    assert sample_id(values | {"negative_prompt": ""}) == sample_id(
+        {k: v for k, v in values.items() if k != "negative_prompt"}
+    )
+
+
+@pytest.mark.parametrize("prompt", ["🎈 ball", "\ud800", "a\nb", "x" * 10_000, ""])
+def test_any_text_has_an_id(prompt):
+    assert sample_id(plain(prompt=prompt)) != sample_id(plain())
+
+
+@given(VALUES)
+def test_a_manifest_row_survives_arrow(values):
+    row = ManifestRow.planned(**values)
+    table = pa.Table.from_pylist([row.model_dump()], schema=ManifestRow.arrow_schema())
+    assert [ManifestRow.model_validate(found) for found in table.to_pylist()] == [row]
+
+
+def test_a_result_row_and_a_reference_survive_arrow():
+    failed = ResultRow(
+        **ManifestRow.planned(**plain()).model_dump(), status="failed", error_code="crashed", error_message="twice"
+    )
+    for row in (failed, Reference(uri="a.mp4", end_frame=9)):
+        table = pa.Table.from_pylist([row.model_dump()], schema=row.arrow_schema())
+        assert type(row).model_validate(table.to_pylist()[0]) == row
+    assert failed.error_code is ErrorCode.CRASHED
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"frames": 8}, "frames=8 is not 4k[+]1; use 5 or 9"),
+        ({"height": 50}, "multiple of 16"),
+        ({"fps": 0.0}, "fps"),
+        ({"seed": -1}, "seed"),
+        ({"method": "../x"}, "method"),
+        ({"dtype": "float16"}, "dtype"),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_wrong_values_are_named(changes, message):
+    with pytest.raises(ValidationError, match=message):
+        ManifestRow.planned(**plain(**changes))
+
+
+@pytest.mark.parametrize("name", ["../../etc/passwd", "a/b", "", "0" * 31, "G" * 32])
+def test_an_id_can_never_be_a_path(name):
+    with pytest.raises(ValidationError, match="sample_id"):
+        ManifestRow(sample_id=name, **plain())
+
+
+def test_rows_cannot_be_changed():
+    with pytest.raises(ValidationError, match="frozen"):
+        ManifestRow.planned(**plain()).seed = 1
+
+
+@pytest.mark.parametrize("end", [{"status": "failed"}, {"status": "failed", "error_code": "crashed"}, {"status": "ok"}])
+def test_a_result_row_says_why_it_failed_or_where_its_video_is(end):
+    with pytest.raises(ValidationError, match="needs"):
+        ResultRow(**ManifestRow.planned(**plain()).model_dump(), **end)
+
+
+def test_an_empty_frame_range_is_refused():
+    with pytest.raises(ValidationError, match="end_frame=5 is not after start_frame=5"):
+        Reference(uri="a.mp4", start_frame=5, end_frame=5)

@@ -1,0 +1,101 @@
+"""Good and bad videos."""
+
+from fractions import Fraction
+
+import av
+import numpy as np
+import torch
+
+from vmt_core import video
+from vmt_core.world.clips import render
+
+
+def clip(path, *, frames=17, size=(64, 64), fps=12, motion="line", seed=0):
+    """A playable clip; returns its path."""
+    height, width = size
+    video.write(path, render(motion, frames=frames, height=height, width=width, seed=seed), fps)
+    return path
+
+
+def counting(path, *, frames=20, size=(32, 32), fps=10.0):
+    """A clip whose frame n is a flat gray of 10 n + 5."""
+    levels = torch.arange(frames) * 10 + 5
+    video.write(path, levels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, *size).contiguous(), fps, crf=0)
+    return path
+
+
+def numbers(frames):
+    """Which frames of a counting clip these are."""
+    return ((frames.float().mean((1, 2, 3)) - 5) / 10).round().int().tolist()
+
+
+def _empty(path):
+    path.write_bytes(b"")
+
+
+def _text(path):
+    path.write_text("this is a letter, not a video\n" * 50)
+
+
+def _cut_at_the_front(path):
+    """The index comes first: it promises frames that are not there."""
+    clip(path, frames=33)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def _cut_before_the_index(path):
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=12)
+        stream.width = stream.height = 64
+        for _ in range(20):
+            image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    path.write_bytes(path.read_bytes()[:-400])
+
+
+def _audio(path):
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def _unknown_codec(path):
+    clip(path)
+    path.write_bytes(path.read_bytes().replace(b"avc1", b"zzz9"))
+
+
+def _one_frame(path):
+    clip(path, frames=1)
+
+
+#: error code -> writer of a file that fails with it, whatever the limits
+BAD = {
+    "reference_empty": _empty,
+    "not_a_video": _text,
+    "truncated": _cut_at_the_front,
+    "no_video_stream": _audio,
+    "codec_unsupported": _unknown_codec,
+    "too_few_frames": _one_frame,
+}
+
+#: further ways to be bad, as (error code, writer)
+MORE_BAD = {"cut before the index": ("truncated", _cut_before_the_index)}
+
+
+def variable_rate(path, times, *, size=(32, 32)):
+    """A counting clip whose frame n is shown from times[n], in tenths of a second."""
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.height, stream.width = size
+        stream.options = {"crf": "0"}
+        stream.codec_context.time_base = Fraction(1, 10)
+        for number, time in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 10 * number + 5, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
