@@ -7,6 +7,7 @@ concat script named .mp4 cannot make FFmpeg open other files.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -42,7 +43,7 @@ class VideoInfo:
 
 
 def probe(path: str | Path, limits: LimitSettings) -> VideoInfo:
-    """Reads the headers and checks them against the limits; decodes one frame to see that the codec works.
+    """Reads the headers and checks them against the limits; decodes one frame and counts the others without decoding them.
 
     Raises:
         RowError: what is wrong with the file.
@@ -53,6 +54,13 @@ def probe(path: str | Path, limits: LimitSettings) -> VideoInfo:
             next(container.decode(stream))
         except (StopIteration, av.error.FFmpegError) as error:
             raise RowError(ErrorCode.TRUNCATED, f"{path}: no frame can be decoded ({error or 'no data'})") from error
+        if stream.frames:
+            found = _packets(container, stream)
+            if found < 0.99 * stream.frames - 1:
+                raise RowError(
+                    ErrorCode.TRUNCATED,
+                    f"{path}: its header promises {stream.frames} frames, but the file holds {found}",
+                )
     return info
 
 
@@ -218,6 +226,16 @@ def _inspect(path: str | Path, container: InputContainer, limits: LimitSettings)
         )
     stream.thread_type = "AUTO"
     return stream, info
+
+
+def _packets(container: InputContainer, stream: VideoStream) -> int:
+    """How many frames are in the file, from first to last."""
+    found = 0
+    container.seek(0, stream=stream)
+    with contextlib.suppress(av.error.FFmpegError):  # where the file ends
+        for packet in container.demux(stream):
+            found += packet.size > 0
+    return found
 
 
 def _timed(container: InputContainer, stream: VideoStream, start: float) -> Iterator[tuple[float, av.VideoFrame]]:

@@ -1,0 +1,35 @@
+"""A tiny model that the jobs run for real, and clips to run it on."""
+
+import pytest
+
+from support.clips import clip
+from vmt_core.backbone import nano
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    nano.build(path, layers=6, heads=2, head_dim=24)  # preset "nano" reads block 5
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory):
+    """A folder of two clips of 9 frames."""
+    path = tmp_path_factory.mktemp("clips")
+    clip(path / "line.mp4", frames=9, motion="line")
+    clip(path / "pan.mp4", frames=9, motion="pan")
+    return path
+
+
+@pytest.fixture(scope="session")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("a red ball\n\na yellow star at night\n")
+    return path
+
+
+@pytest.fixture
+def small(model):
+    """Flags of a plan that the tiny model runs in a second."""
+    return ["--model", model, "--preset", "nano", "--height", 64, "--width", 64, "--frames", 9, "--steps", 3]

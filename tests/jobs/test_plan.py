@@ -1,0 +1,160 @@
+"""jobs/plan.py."""
+
+import json
+import re
+import shutil
+from itertools import pairwise
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import plan
+from pipelines.storage import Storage
+from schemas import ManifestRow, PlanSettings, UsageError
+from support import jobs
+from support.clips import BAD, clip
+
+
+@pytest.fixture
+def settings(model, clips, prompts, tmp_path):
+    def make(**changes):
+        values = {
+            "references": str(clips), "prompts": str(prompts), "output": str(tmp_path / "manifest"), "model": model,
+            "preset": "nano", "height": 64, "width": 64, "frames": 9, "steps": 3, "methods": ("fastvmt", "none"),
+        }  # fmt: skip
+        return PlanSettings(**(values | changes))
+
+    return make
+
+
+def planned(settings, say=lambda line: None):
+    plan.run(settings, say)
+    return [ManifestRow.model_validate(row) for row in pq.read_table(settings.output).to_pylist()]
+
+
+def refused(settings):
+    lines = []
+    with pytest.raises(UsageError) as caught:
+        plan.run(settings, lines.append)
+    return str(caught.value), lines
+
+
+def test_every_clip_with_every_method_prompt_and_seed(settings, clips):
+    rows = planned(settings(seeds=(0, 7)))
+    assert len(rows) == len({row.sample_id for row in rows}) == 2 * 2 * 2 * 2
+    assert {row.prompt for row in rows} == {"a red ball", "a yellow star at night"}
+    assert {row.seed for row in rows} == {0, 7}
+    assert {row.reference_uri for row in rows} == {str(clips / "line.mp4"), str(clips / "pan.mp4")}
+    changes = sum(a.reference_uri != b.reference_uri for a, b in pairwise(rows))
+    assert changes == 1  # rows of one reference lie together
+    assert json.loads(rows[0].method_settings)["objective"]["block"] == 5
+
+
+def test_the_same_plan_twice_is_the_same_manifest(settings):
+    assert planned(settings()) == planned(settings())
+
+
+def test_the_command_prints_counts_and_an_estimate(model, clips, prompts, tmp_path, small):
+    code, text = jobs.run(
+        "plan", "--references", clips, "--prompts", prompts, "--methods", "fastvmt,ditflow", "--seeds", "0,1",
+        "--output", tmp_path / "m", *small,
+    )  # fmt: skip
+    assert code == 0, text
+    assert "16 rows = 2 references x 2 prompts x 2 seeds x 2 methods (fastvmt, ditflow)" in text
+    assert "GPU hours at 400 TFLOP/s" in text
+    assert "guidance gradients" in text
+
+
+@pytest.mark.parametrize("kind", ["glob", "file", "csv", "jsonl", "parquet"])
+def test_clips_are_listed_in_many_ways(settings, clips, tmp_path, kind):
+    table = tmp_path / f"references.{kind}"
+    line = {"uri": str(clips / "line.mp4"), "start_frame": 1, "category": "camera", "licence": "CC0"}
+    if kind == "csv":
+        table.write_text(",".join(line) + "\n" + ",".join(map(str, line.values())) + "\n")
+    elif kind == "jsonl":
+        table.write_text(json.dumps(line) + "\n")
+    elif kind == "parquet":
+        import pyarrow as pa
+
+        pq.write_table(pa.Table.from_pylist([line]), table)
+    else:
+        table = clips / ("li*.mp4" if kind == "glob" else "line.mp4")
+    rows = planned(settings(references=str(table)))
+    assert {row.reference_uri for row in rows} == {str(clips / "line.mp4")}
+    if kind in ("csv", "jsonl", "parquet"):
+        assert {(row.start_frame, row.category, row.licence) for row in rows} == {(1, "camera", "CC0")}
+
+
+def test_paths_in_a_table_count_from_its_folder(settings, clips, tmp_path):
+    shutil.copy(clips / "line.mp4", tmp_path / "here.mp4")
+    (tmp_path / "references.csv").write_text("uri\nhere.mp4\n")
+    assert planned(settings(references=str(tmp_path / "references.csv")))[0].reference_uri == str(tmp_path / "here.mp4")
+
+
+def test_clips_manifest_and_prompts_on_s3(settings, clips, prompts, bucket):
+    storage = Storage()
+    for name in ("line.mp4", "pan.mp4"):
+        storage.put(clips / name, f"s3://{bucket}/clips/{name}")
+    storage.put(prompts, f"s3://{bucket}/prompts.txt")
+    plan.run(
+        settings(references=f"s3://{bucket}/clips", prompts=f"s3://{bucket}/prompts.txt", output=f"s3://{bucket}/m"),
+        lambda line: None,
+    )
+    (name,) = storage.find(f"s3://{bucket}/m")
+    filesystem, path = storage.arrow(name)
+    rows = pq.read_table(path, filesystem=filesystem).to_pylist()
+    assert {row["reference_uri"] for row in rows} == {f"s3://{bucket}/clips/line.mp4", f"s3://{bucket}/clips/pan.mp4"}
+
+
+def test_bad_clips_are_listed_and_left_out_only_when_asked(settings, tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    clip(folder / "good.mp4", frames=9)
+    for code, write in BAD.items():
+        write(folder / f"{code}.mp4")
+    message, lines = refused(settings(references=str(folder)))
+    assert f"{len(BAD)} of {len(BAD) + 1} clips cannot be used" in message
+    assert "--skip-bad" in message
+    found = {code for code in BAD for line in lines if f"{code}: " in line and f"{code}.mp4" in line}
+    assert found == BAD.keys()
+    rows = planned(settings(references=str(folder), skip_bad=True))
+    assert {row.reference_uri for row in rows if "good" in row.reference_uri} == {str(folder / "good.mp4")}
+
+
+def test_shorter_clips_give_fewer_frames(settings, tmp_path):
+    clip(tmp_path / "short.mp4", frames=7)
+    assert {row.frames for row in planned(settings(references=str(tmp_path / "short.mp4")))} == {5}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ("fastmvt",)}, "'fastmvt' is not one of"),
+        ({"methods": ("none", "none")}, "each once"),
+        ({"seeds": (1, 1)}, "--seeds: 1 stands twice"),
+        ({"height": 50}, "height: Input should be a multiple of 16"),
+        ({"frames": 4}, "give fewer than 5|fewer than 5|cannot be used"),
+        ({"preset": "default"}, "fastvmt reads block 14, but the model has blocks 0..5"),
+        ({"references": "/nowhere"}, "no video there"),
+        ({"references": "/nowhere.csv"}, "No such file"),
+        ({"prompts": "/nowhere.txt"}, "no such file"),
+        ({"model": "/nowhere"}, "no such folder"),
+        ({"method_settings": {"ditflow": {}}}, "'ditflow' is not among --methods"),
+        ({"method_settings": {"fastvmt": {"guidance": {"inner": 0}}}}, "guidance.inner|inner"),
+    ],
+)
+def test_what_cannot_be_planned_is_said_in_a_line(settings, changes, message):
+    text, _ = refused(settings(**changes))
+    assert re.search(message, text), text
+
+
+def test_repeated_prompts_and_repeated_clips_are_refused(settings, clips, tmp_path):
+    (tmp_path / "p.txt").write_text("a\nb\na\n")
+    assert "'a' stands 2 times" in refused(settings(prompts=str(tmp_path / "p.txt")))[0]
+    folder = tmp_path / "twice"
+    folder.mkdir()
+    for name in ("one.mp4", "two.mp4"):
+        shutil.copy(clips / "line.mp4", folder / name)
+    text = refused(settings(references=str(folder)))[0]
+    assert "one.mp4" in text
+    assert "two.mp4" in text

@@ -1,0 +1,221 @@
+"""jobs/transfer.py on a model that really runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines.storage import Storage, sha256
+from schemas import LimitSettings
+from support import jobs
+from support.clips import BAD, clip
+from support.fault_proxy import FaultProxy, Rule
+from vmt_core import video
+
+FAST = ["--progress-s", 2]
+
+
+@pytest.fixture
+def source(clips, prompts, tmp_path, small):
+    """A manifest of 2 clips x 2 prompts x 3 methods."""
+    code, text = jobs.run(
+        "plan", "--references", clips, "--prompts", prompts, "--methods", "fastvmt,ditflow,none", "--seeds", "0",
+        "--output", tmp_path / "manifest", *small,
+    )  # fmt: skip
+    assert code == 0, text
+    return tmp_path / "manifest"
+
+
+def test_a_manifest_becomes_videos_that_are_the_same_whatever_the_batches_and_the_actors(source, model, tmp_path):
+    for output, flags in {
+        "one": ["--transfer.batch-rows", 4],
+        "three": ["--transfer.batch-rows", 1, "--transfer.actors", 3],
+    }.items():
+        code, text = jobs.run(
+            "transfer", "--manifest", source, "--model", model, "--output", tmp_path / output, *flags, *FAST
+        )
+        assert code == 0, text
+        assert "12 selected = 12 ok + 0 failed + 0 left" in text
+    one, three = ({row.sample_id: row for row in jobs.results(tmp_path / output)} for output in ("one", "three"))
+    assert len(one) == 12
+    assert {row.video_sha256 for row in one.values()} == {row.video_sha256 for row in three.values()}
+    for row in one.values():
+        assert row.video_sha256 == three[row.sample_id].video_sha256 == sha256(row.video_uri)
+        assert row.video_bytes == Path(row.video_uri).stat().st_size
+        info = video.probe(row.video_uri, LimitSettings())
+        assert (info.frames, info.width, info.height, info.fps) == (9, 64, 64, 12)
+        with av.open(row.video_uri) as container:
+            assert container.metadata["sample_id"] == row.sample_id
+            assert container.metadata["comment"] == "AI-generated"
+        assert Path(row.reference_video_uri).is_file()
+        assert row.denoiser_calls == 6
+        assert row.evaluations == {"fastvmt": 4, "ditflow": 5, "none": 0}[row.method]
+        assert min(row.seconds_encode, row.seconds_transfer, row.seconds_finish) >= 0
+        assert json.loads(row.versions)["torch"]
+    assert len(list((tmp_path / "one" / "references").glob("*.mp4"))) == 2
+
+    summary = json.loads((tmp_path / "one/run/summary.json").read_text())
+    assert (summary["selected"], summary["ok"], summary["failed"], summary["left"]) == (12, 12, 0, 0)
+    assert summary["denoiser_calls"] == 72
+    assert set(summary["seconds_by_stage"]) == {"encode", "transfer", "finish"}
+    page = (tmp_path / "one/run/report.html").read_text()
+    assert "a yellow star at night" in page
+    assert json.loads((tmp_path / "one/run/settings.json").read_text())["transfer"]["batch_rows"] == 4
+
+    code, text = jobs.run("transfer", "--manifest", source, "--model", model, "--output", tmp_path / "one")
+    assert code == 0
+    assert "nothing was left to make" in text
+
+
+@pytest.fixture
+def bad_rows(model, tmp_path, bucket, s3_server):
+    """error code -> a row that fails with it; and good rows beside them."""
+
+    def made(prompt, path, **changes):
+        known = {"reference_uri": str(path), "reference_digest": sha256(path) if Path(path).is_file() else "0" * 64}
+        return jobs.row(prompt, model=model, **(known | changes))
+
+    rows = {}
+    for code, write in BAD.items():
+        write(tmp_path / f"{code}.mp4")
+        rows[code] = made(code, tmp_path / f"{code}.mp4", frames=17 if code == "truncated" else 5)
+    good = clip(tmp_path / "good.mp4")
+    long = clip(tmp_path / "long.mp4", frames=45)
+    large = clip(tmp_path / "large.mp4", frames=5, size=(160, 160))
+    heavy = tmp_path / "heavy.mp4"
+    heavy.write_bytes(good.read_bytes() + bytes(2**20))
+    changed = clip(tmp_path / "changed.mp4", seed=5)
+    Storage().put(good, f"s3://{bucket}/forbidden.mp4")
+    rows |= {
+        "reference_missing": made("missing", tmp_path / "nowhere.mp4"),
+        "too_many_frames": made("long", long),
+        "too_many_pixels": made("large", large),
+        "reference_too_large": made("heavy", heavy),
+        "reference_changed": made("changed", changed, reference_digest="1" * 64),
+        "scheme_forbidden": made("scheme", "https://example.com/clip.mp4"),
+        "reference_forbidden": made("403", f"s3://{bucket}/forbidden.mp4"),
+        "prompt_empty": made("  ", good),
+        "prompt_too_long": made("x" * 10_000, good),
+    }
+    more = {"reference_missing": made("404", f"s3://{bucket}/nowhere.mp4")}
+    fine = [
+        made("fine", good),
+        made("🎈 line\nbreak", good),
+        made("on s3", f"s3://{bucket}/fine.mp4", reference_digest=sha256(good)),
+    ]
+    Storage().put(good, f"s3://{bucket}/fine.mp4")
+    return rows, more, fine
+
+
+def test_each_bad_input_is_one_failed_row_with_its_own_code(bad_rows, model, tmp_path, s3_server):
+    rows, more, fine = bad_rows
+    source = jobs.write_manifest(tmp_path / "manifest", [*rows.values(), *more.values(), *fine])
+    with FaultProxy(s3_server, [Rule(key="forbidden", status=403, code="AccessDenied")]) as proxy:
+        code, text = jobs.run(
+            "transfer", "--manifest", source, "--model", model, "--output", tmp_path / "out", *FAST,
+            "--limits.max-frames", 40, "--limits.max-pixels", 150 * 150, "--limits.max-reference-mib", 1,
+            "--storage.endpoint-url", proxy.url,
+        )  # fmt: skip
+    assert code == 3, text
+    assert (
+        f"{len(rows) + len(more) + len(fine)} selected = {len(fine)} ok + {len(rows) + len(more)} failed + 0 left"
+        in text
+    )
+    found = {row.sample_id: row for row in jobs.results(tmp_path / "out")}
+    assert len(found) == len(rows) + len(more) + len(fine)
+    for wanted, row in [*rows.items(), *more.items()]:
+        result = found[row.sample_id]
+        assert result.error_code == wanted, result.error_message
+        assert result.stage == "encode"
+        assert "\n" not in result.error_message
+        assert "vmt-" not in result.error_message  # names the clip, not a temporary copy of it
+    assert all(found[row.sample_id].status == "ok" for row in fine)
+    page = (tmp_path / "out/run/report.html").read_text()
+    assert all(code in page for code in rows)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda table: pa.concat_tables([table, table.slice(0, 1)]), "stands twice"),
+        (lambda table: table.drop_columns(["prompt"]), "column 'prompt' (string) is missing"),
+        (lambda table: table.append_column("colour", pa.array(["red"] * len(table))), "column 'colour' is not known"),
+        (
+            lambda table: with_column(table, "seed", pa.array(["0"] * len(table))),
+            "column 'seed' is string, it must be int64",
+        ),
+        (lambda table: with_column(table, "sample_id", pa.array(["../../x"] * len(table))), "sample_id"),
+        (
+            lambda table: with_column(table, "prompt", pa.array(["another"] * len(table))),
+            "is not the digest of the row",
+        ),
+        (lambda table: table.slice(0, 0), "has no rows"),
+    ],
+)
+def test_an_unfit_manifest_is_refused_before_the_run(model, tmp_path, spoil, message):
+    source = jobs.write_manifest(tmp_path / "manifest", [jobs.row("a", model=model), jobs.row("b", model=model)])
+    file = Path(source) / "part-00000.parquet"
+    pq.write_table(spoil(pq.read_table(file)), file)
+    refused(["--manifest", source, "--model", model, "--output", tmp_path / "out"], message)
+    assert not (tmp_path / "out" / "results").exists()
+
+
+def with_column(table, name, values):
+    return table.set_column(table.column_names.index(name), name, values)
+
+
+def refused(args, message):
+    """The job, in this process: wrong usage is found before Ray starts."""
+    code, text = jobs.run("transfer", *args)
+    assert code == 2, text
+    assert message in text
+    assert "Traceback" not in text
+
+
+def test_wrong_models_outputs_and_manifests_are_refused_before_the_run(model, tmp_path):
+    source = jobs.write_manifest(tmp_path / "manifest", [jobs.row("a", model=model)])
+    refused(["--manifest", source, "--output", tmp_path / "out"], "these weights are")
+    refused(["--manifest", source, "--model", "/nowhere", "--output", tmp_path / "out"], "no such folder")
+    refused(["--manifest", tmp_path / "none", "--model", model, "--output", tmp_path / "out"], "no Parquet file there")
+    (tmp_path / "file").write_text("in the way")
+    refused(["--manifest", source, "--model", model, "--output", tmp_path / "file"], "cannot be written")
+
+
+@pytest.mark.timeout(600)
+def test_as_a_submitted_job_on_a_running_cluster(source, model, tmp_path):
+    """`ray job submit --working-dir . -- python jobs/transfer.py …`."""
+    ray = str(Path(sys.executable).parent / "ray")
+    port, dashboard = 6391, 8291
+    environment = os.environ | {
+        "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
+        "PATH": f"{Path(ray).parent}:{os.environ['PATH']}",
+    }
+    subprocess.run(
+        [ray, "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=8", "--disable-usage-stats",
+         f"--temp-dir={tmp_path_short()}"],
+        check=True, capture_output=True, env=os.environ | {"PATH": environment["PATH"]},
+    )  # fmt: skip
+    try:
+        done = subprocess.run(
+            [ray, "job", "submit", "--working-dir", ".", "--", "python", "jobs/transfer.py", "--manifest", str(source),
+             "--model", model, "--output", str(tmp_path / "out"), "--limit", "3"],
+            cwd=jobs.ROOT, env=environment, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+    finally:
+        subprocess.run([ray, "stop", "--force"], capture_output=True, env=os.environ | {"PATH": environment["PATH"]})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "12 selected = 3 ok + 0 failed + 9 left" in done.stdout
+    assert len(jobs.videos(tmp_path / "out")) == 3
+
+
+def tmp_path_short():
+    """Ray's sockets need a short path."""
+    import tempfile
+
+    return tempfile.mkdtemp(prefix="ray-", dir="/tmp")
