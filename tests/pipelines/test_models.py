@@ -1,0 +1,107 @@
+"""Weights from an S3 prefix, once per node."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from pipelines import models
+from pipelines.storage import Storage
+
+FILES = {
+    "model_index.json": b"{}",
+    "transformer/config.json": b'{"num_layers": 3}',
+    "vae/w.safetensors": b"weights" * 1000,
+}
+
+
+@pytest.fixture
+def prefix(bucket):
+    for name, content in FILES.items():
+        Storage().write(f"s3://{bucket}/model/{name}", content)
+    return f"s3://{bucket}/model"
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "vmt" / "models"
+
+
+@pytest.fixture
+def fetched(monkeypatch):
+    """Names of all that is downloaded."""
+    names = []
+    fetch = Storage.fetch
+
+    def spy(self, uri, *args, **kwargs):
+        names.append(uri)
+        return fetch(self, uri, *args, **kwargs)
+
+    monkeypatch.setattr(Storage, "fetch", spy)
+    return names
+
+
+def content(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in Path(folder).rglob("*") if file.is_file()}
+
+
+def test_a_prefix_is_brought_here_whole_and_once(prefix, fetched):
+    folder = models.local(prefix, Storage())
+    assert content(folder) == FILES
+    assert models.local(prefix, Storage()) == folder
+    assert len(fetched) == len(FILES)
+
+
+def test_processes_of_a_node_wait_for_the_first(prefix, fetched):
+    threads = [threading.Thread(target=models.local, args=(prefix, Storage())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(fetched) == len(FILES)
+
+
+def test_a_download_that_breaks_is_not_taken_for_whole(prefix, monkeypatch, cache):
+    fetch = Storage.fetch
+
+    def breaks(self, uri, *args, **kwargs):
+        if uri.endswith("w.safetensors"):
+            raise OSError("cut")
+        return fetch(self, uri, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "fetch", breaks)
+        with pytest.raises(OSError, match="cut"):
+            models.local(prefix, Storage())
+    assert [path for path in cache.iterdir() if path.is_dir()] == []
+    assert content(models.local(prefix, Storage())) == FILES
+
+
+def test_the_revision_follows_the_content(prefix):
+    before = models.revision(prefix, Storage())
+    assert models.revision(prefix, Storage()) == before
+    Storage().write(f"{prefix}/vae/w.safetensors", b"others!" * 1000)
+    assert models.revision(prefix, Storage()) != before
+
+
+def test_pickles_are_left_where_they_are(prefix, bucket):
+    before = models.revision(prefix, Storage())
+    Storage().write(f"{prefix}/vae/w.bin", b"pickle")
+    assert models.revision(prefix, Storage()) == before
+    assert content(models.local(prefix, Storage())) == FILES
+
+
+def test_the_configuration_needs_no_weights(prefix, fetched):
+    assert models.config(prefix, Storage()) == {"num_layers": 3}
+    assert not fetched
+
+
+def test_a_prefix_without_a_model_is_refused(bucket):
+    Storage().write(f"s3://{bucket}/other/readme.txt", b"x")
+    with pytest.raises(FileNotFoundError, match=r"no model_index\.json below it"):
+        models.local(f"s3://{bucket}/other", Storage())
+
+
+def test_a_local_folder_is_left_to_the_core(tmp_path):
+    assert models.local(str(tmp_path), Storage()) == str(tmp_path)

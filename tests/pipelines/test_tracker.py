@@ -1,0 +1,180 @@
+"""Attempts, quarantine, and the numbers that people see."""
+
+import os
+import subprocess
+import sys
+import time
+
+import pytest
+
+from pipelines import progress
+from pipelines.tracker import Tracker
+
+
+class World:
+    """A clock and a set of nodes that a test moves."""
+
+    def __init__(self):
+        self.now, self.nodes = 100.0, {"n1", "n2"}
+
+    def tracker(self):
+        return Tracker(clock=lambda: self.now, nodes=lambda: self.nodes)
+
+
+@pytest.fixture
+def world():
+    return World()
+
+
+@pytest.fixture
+def tracker(world):
+    return world.tracker()
+
+
+def admit(tracker, *rows):
+    return {row: action for row, (action, _) in tracker.admit("transfer", list(rows)).items()}
+
+
+def crash(tracker, *rows, node="n1", budget=60):
+    """Work on rows begins and never ends."""
+    tracker.begin("transfer", list(rows), node, budget)
+
+
+def test_a_row_that_ended_may_come_again(tracker):
+    for _ in range(3):
+        assert admit(tracker, "a") == {"a": "run"}
+        tracker.begin("transfer", ["a"], "n1", 60)
+        tracker.end("transfer", ["a"], 1.0)
+
+
+def test_the_second_crash_is_the_last(tracker):
+    assert admit(tracker, "a") == {"a": "run"}
+    crash(tracker, "a")
+    assert admit(tracker, "a") == {"a": "alone"}
+    crash(tracker, "a")
+    assert admit(tracker, "a") == {"a": "crashed"}
+
+
+def test_the_neighbours_of_a_poison_row_are_innocent(tracker):
+    crash(tracker, "good", "poison")
+    assert admit(tracker, "good", "poison") == {"good": "alone", "poison": "alone"}
+    tracker.begin("transfer", ["good"], "n1", 60)
+    tracker.end("transfer", ["good"], 1.0)
+    crash(tracker, "poison")
+    assert admit(tracker, "good", "poison") == {"good": "run", "poison": "crashed"}
+
+
+def test_a_row_alone_and_over_its_budget_is_timed_out(tracker, world):
+    crash(tracker, "a", budget=60)
+    world.now += 60
+    assert admit(tracker, "a") == {"a": "timed_out"}
+
+
+def test_a_batch_over_its_budget_is_taken_apart(tracker, world):
+    crash(tracker, "a", "b", budget=60)
+    world.now += 60
+    assert admit(tracker, "a", "b") == {"a": "alone", "b": "alone"}
+
+
+def test_a_node_that_went_away_is_not_the_rows_fault(tracker, world):
+    for _ in range(5):
+        crash(tracker, "a")
+        world.nodes = {"n2"}
+        assert admit(tracker, "a") == {"a": "run"}
+        world.nodes = {"n1", "n2"}
+
+
+def test_stages_count_for_themselves(tracker):
+    tracker.begin("encode", ["a"], "n1", 60)
+    assert admit(tracker, "a") == {"a": "run"}
+
+
+def test_attempts_count_every_beginning(tracker):
+    assert tracker.admit("transfer", ["a"])["a"] == ("run", 1)
+    crash(tracker, "a")
+    assert tracker.admit("transfer", ["a"])["a"] == ("alone", 2)
+
+
+def test_the_numbers_of_a_run(tracker, world):
+    tracker.begin("transfer", ["a", "b"], "n1", 60)
+    world.now += 10
+    tracker.end("transfer", ["a", "b"], 10.0)
+    tracker.finished([None, "crashed"])
+    now = tracker.snapshot()
+    assert (now["ok"], now["failed"], dict(now["codes"])) == (1, 1, {"crashed": 1})
+    assert (now["seconds"]["transfer"], now["rows"]["transfer"], now["working_s"]) == (10.0, 2, 10.0)
+
+
+def test_a_run_stalls_only_when_no_row_is_within_its_budget(tracker, world):
+    crash(tracker, "a", budget=60)
+    world.now += 50
+    assert tracker.snapshot()["stalled_s"] == 0
+    assert tracker.snapshot()["running"] == [("transfer", "a", 50.0)]
+    world.now += 50
+    assert tracker.snapshot()["stalled_s"] == 100
+
+
+def snapshot(**changes):
+    return {"ok": 0, "failed": 0, "codes": {}, "running": [], "working_s": 0.0} | changes
+
+
+@pytest.mark.parametrize(
+    ("now", "line"),
+    [
+        (snapshot(), "0/40 rows · loading models"),
+        (snapshot(working_s=5.0), "0/40 rows · first rows under way"),
+        (snapshot(ok=10, working_s=100.0), "10/40 rows · 360 rows/h · 5 min left"),
+        (
+            snapshot(ok=8, failed=2, codes={"crashed": 1, "truncated": 1}, working_s=100.0),
+            "10/40 rows · 2 failed (crashed 1, truncated 1) · 360 rows/h · 5 min left",
+        ),
+        (
+            snapshot(ok=40, working_s=100.0, running=[("finish", "0123456789", 200.0)]),
+            "40/40 rows · 1,440 rows/h · longest: 01234567 in finish for 3 min",
+        ),
+    ],
+)
+def test_the_line_of_progress(now, line):
+    assert progress.line(now, 40) == line
+
+
+# ---- the watchdog, on real processes
+
+HANG = """
+import re, sys, time
+from pipelines.tracker import Watchdog
+dog = Watchdog()
+dog.arm({seconds})
+{work}
+print("survived", flush=True)
+"""
+BUSY = "re.match('(a+)+$', 'a' * 60 + 'b')"  # holds the interpreter for ever
+
+
+def run(work, seconds):
+    began = time.monotonic()
+    program = HANG.format(work=work, seconds=seconds)
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    text, _ = process.communicate(timeout=30)
+    return process.returncode, text, time.monotonic() - began
+
+
+@pytest.mark.parametrize("work", ["time.sleep(60)", BUSY])
+def test_a_process_that_hangs_is_killed_at_its_deadline(work):
+    code, text, seconds = run(work, 0.5)
+    assert code == -9
+    assert text == ""
+    assert seconds < 10
+
+
+def test_work_that_ends_in_time_lives_on():
+    assert run("time.sleep(0.1); dog.disarm(); time.sleep(0.8)", 0.5)[:2] == (0, "survived\n")
+
+
+def test_the_watchdog_goes_with_its_process():
+    program = "from pipelines.tracker import Watchdog; dog = Watchdog(); print(dog._child.pid, flush=True); import os; os._exit(0)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    deadline = time.monotonic() + 5
+    while os.path.exists(f"/proc/{done.stdout.strip()}") and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not os.path.exists(f"/proc/{done.stdout.strip()}")
