@@ -2,8 +2,10 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import av
@@ -190,32 +192,25 @@ def test_wrong_models_outputs_and_manifests_are_refused_before_the_run(model, tm
 @pytest.mark.timeout(600)
 def test_as_a_submitted_job_on_a_running_cluster(source, model, tmp_path):
     """`ray job submit --working-dir . -- python jobs/transfer.py …`."""
-    ray = str(Path(sys.executable).parent / "ray")
+    bin = Path(sys.executable).parent
     port, dashboard = 6391, 8291
-    environment = os.environ | {
-        "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
-        "PATH": f"{Path(ray).parent}:{os.environ['PATH']}",
-    }
+    env = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"}
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's sockets need a short path
     subprocess.run(
-        [ray, "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=8", "--disable-usage-stats",
-         f"--temp-dir={tmp_path_short()}"],
-        check=True, capture_output=True, env=os.environ | {"PATH": environment["PATH"]},
+        [bin / "ray", "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=8",
+         "--disable-usage-stats", f"--temp-dir={folder}"],
+        check=True, capture_output=True, env=env,
     )  # fmt: skip
     try:
         done = subprocess.run(
-            [ray, "job", "submit", "--working-dir", ".", "--", "python", "jobs/transfer.py", "--manifest", str(source),
-             "--model", model, "--output", str(tmp_path / "out"), "--limit", "3"],
-            cwd=jobs.ROOT, env=environment, capture_output=True, text=True, timeout=300,
+            [bin / "ray", "job", "submit", "--working-dir", ".", "--", "python", "jobs/transfer.py", "--manifest", source,
+             "--model", model, "--output", tmp_path / "out", "--limit", "3"],
+            cwd=jobs.ROOT, env=env | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}, capture_output=True, text=True,
+            timeout=300,
         )  # fmt: skip
     finally:
-        subprocess.run([ray, "stop", "--force"], capture_output=True, env=os.environ | {"PATH": environment["PATH"]})
+        subprocess.run([bin / "ray", "stop", "--force"], capture_output=True, env=env)
+        shutil.rmtree(folder, ignore_errors=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "12 selected = 3 ok + 0 failed + 9 left" in done.stdout
     assert len(jobs.videos(tmp_path / "out")) == 3
-
-
-def tmp_path_short():
-    """Ray's sockets need a short path."""
-    import tempfile
-
-    return tempfile.mkdtemp(prefix="ray-", dir="/tmp")
