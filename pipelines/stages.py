@@ -64,7 +64,9 @@ class Encode(Stage):
                     f"{len(text)} characters are over limits.max_prompt_chars={limits.max_prompt_chars}",
                 )
         backbone = self.backbones.get(row["dtype"], lambda: self.load(getattr(torch, row["dtype"])))
-        reference = self.references.get((row["reference_uri"], reference_key(row)), lambda: self._reference(backbone, row))
+        reference = self.references.get(
+            (row["reference_uri"], reference_key(row)), lambda: self._reference(backbone, row)
+        )
         if isinstance(reference, RowError):
             raise reference
         latents, uri = reference

@@ -59,22 +59,23 @@ def run(settings: TransferSettings, say: Callable[[str], None] = print) -> dict[
         storage.write(join(settings.output, "run", "settings.json"), _json(settings.model_dump(mode="json")))
         ledger = Ledger(storage, settings.output, say)
         chosen, left = _choose(settings, ledger, selection.ids, say)
-        began = time.monotonic()
+        began, working = time.monotonic(), 0.0
         if chosen:
             with _source(settings, storage, run_id, chosen, whole=not left) as source:
-                _execute(settings, storage, ledger, source, chosen, run_id, say, still_ours)
+                working = _execute(settings, storage, ledger, source, chosen, run_id, say, still_ours)
         summary = {
             "title": "Motion transfer",
             "run_id": run_id,
             "started_at": started.isoformat(timespec="seconds"),
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - began, 3),
+            "seconds_working": round(working, 3),  # without the start of Ray and the loading of models
             "model": settings.model,
             "model_revision": revision,
             "notice": nano.NOTICE if settings.model == nano.NAME else None,
             **_account(ledger, selection.ids, run_id),
         }
-        summary["videos_per_hour"] = round(3600 * summary["made_ok"] / summary["seconds"], 1) if chosen else 0.0
+        summary["videos_per_hour"] = round(3600 * summary["made_ok"] / working, 1) if working else 0.0
         storage.write(join(settings.output, "run", "summary.json"), _json(summary))
         page = join(settings.output, "run", "report.html")
         storage.write(page, report.render(_shown(ledger, selection.ids), summary, settings.output).encode())
@@ -165,8 +166,8 @@ def _execute(
     run_id: str,
     say: Callable[[str], None],
     still_ours: Callable[[], bool],
-) -> None:
-    """Runs the graph in a thread, while this one watches and tells.
+) -> float:
+    """Runs the graph in a thread, while this one watches and tells; returns the seconds since the first row began.
 
     Raises:
         RunFailed: the engine gave up, nothing moves any more, or another run took the output over.
@@ -197,6 +198,7 @@ def _execute(
                 raise RunFailed(_stall(now["stalled_s"], pools))
         if failure:
             raise RunFailed(_reason(failure[0])) from failure[0]
+        return float(ray.get(tracker.snapshot.remote())["working_s"])
 
 
 def _configure(settings: TransferSettings, storage: Storage, ledger: Ledger) -> None:
