@@ -10,6 +10,7 @@ import sys
 
 from pipelines import transfer
 from pipelines.cluster import RunFailed
+from pipelines.storage import describe
 from schemas import TransferSettings, UsageError, cli
 
 
@@ -23,6 +24,9 @@ def main() -> int:
         cli.fail(*str(error).splitlines())
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:  # of the driver's own storage operations, after their retries
+        print(f"error: {describe(error)}; the same command goes on from here", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("stopped; the same command goes on from here", file=sys.stderr)

@@ -17,6 +17,7 @@ from typing import Any
 import ray
 from ray.data import ActorPoolStrategy, DataContext, Dataset
 from ray.data.checkpoint import CheckpointConfig
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines import cluster, lock, manifest, models, progress, report
 from pipelines.cluster import RunFailed
@@ -174,7 +175,8 @@ def _execute(
     """
     pools = (settings.encode, settings.transfer, settings.finish)
     with cluster.connected(settings.ray, pools):
-        tracker = ray.remote(num_cpus=0, max_concurrency=1)(Tracker).remote()
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        tracker = ray.remote(num_cpus=0, scheduling_strategy=here)(Tracker).remote()  # lives and dies with this driver
         _configure(settings, storage, ledger)
         data = graph(settings, storage, source, tracker, run_id)
         filesystem, path = storage.arrow(ledger.results)

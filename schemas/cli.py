@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import sys
+from collections.abc import Iterator
 from typing import Any, NoReturn, TypeVar
 
 import yaml
@@ -39,7 +40,7 @@ def load(cls: type[S], argv: list[str] | None = None) -> S:
     except ValidationError as error:
         fail(*(_explain(cls, fault) for fault in error.errors()))
     except SettingsError as error:
-        fail(str(error.__cause__ or error).removeprefix("error parsing CLI: ") + f"; see {sys.argv[0]} --help")
+        fail(*_explain_words(cls, str(error).removeprefix("error parsing CLI: ")))
     if show:
         print(yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True), end="")
         raise SystemExit(0)
@@ -84,10 +85,31 @@ def _check_yaml(path: str) -> None:
             content = yaml.safe_load(file)
     except OSError as error:
         fail(f"--settings {path}: {error.strerror}")
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         fail(f"--settings {path}: not YAML: {' '.join(str(error).split())}")
     if content is not None and not isinstance(content, dict):
         fail(f"--settings {path}: expected a mapping of settings, found a {type(content).__name__}")
+    if odd := [key for key in content or {} if not isinstance(key, str)]:
+        fail(f"--settings {path}: {odd[0]!r}: no such setting")
+
+
+def _explain_words(cls: type[BaseModel], message: str) -> list[str]:
+    """`--limits.row-secs: no such option; did you mean --limits.row-seconds?`; other messages as they are."""
+    known, unknown = list(_options(cls)), message.partition("unrecognized arguments: ")[2].split()
+    lines = []
+    for name in [word.partition("=")[0] for word in unknown if word.startswith("--")]:
+        near = difflib.get_close_matches(name, known, n=1)
+        lines.append(f"{name}: no such option" + (f"; did you mean {near[0]}?" if near else ""))
+    return lines or [f"{message}; see {sys.argv[0]} --help"]
+
+
+def _options(cls: type[BaseModel], prefix: str = "--") -> Iterator[str]:
+    for name, field in cls.model_fields.items():
+        option = prefix + name.replace("_", "-")
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _options(field.annotation, f"{option}.")
+        else:
+            yield option
 
 
 def _explain(cls: type[BaseModel], fault: Any) -> str:

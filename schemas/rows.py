@@ -20,7 +20,7 @@ SAMPLE_ID_PATTERN = r"^[0-9a-f]{32}$"
 
 
 class Row(BaseModel):
-    """A flat row of scalars; unknown columns are an error, values are never coerced between types."""
+    """A flat row of scalars; unknown columns are an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
@@ -88,7 +88,8 @@ class ManifestRow(Row):
     @classmethod
     def planned(cls, **values: Any) -> Self:
         """A row with its `sample_id` computed from the other values."""
-        return cls(sample_id=sample_id(values), **values)
+        row = cls(sample_id="0" * 32, **values)
+        return row.model_copy(update={"sample_id": sample_id(row.model_dump())})  # of its values, not of 12 for 12.0
 
 
 #: Columns that say where something lies or what it is called, but do not change the video.

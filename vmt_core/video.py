@@ -1,8 +1,8 @@
 """Video files: probe, read a reference as the model wants it, write a result that plays everywhere (PyAV).
 
-A frame is addressed by its time: frame n of a clip is the one shown at n / rate after the first, which is exact for constant
-frame rates and the sensible reading of variable ones. Containers are limited to real video formats, so that a playlist or a
-concat script named .mp4 cannot make FFmpeg open other files.
+A frame is addressed by its time: frame n of a clip is the one shown at n / rate after the first, to the nearest half frame,
+which is exact for constant frame rates and the sensible reading of variable ones. Containers are limited to real video formats,
+so that a playlist or a concat script named .mp4 cannot make FFmpeg open other files.
 """
 
 from __future__ import annotations
@@ -29,6 +29,9 @@ _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gi
 SUFFIXES = frozenset(
     {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".wmv", ".gif"}
 )
+
+#: How much of its time a frame gives to the one after: nearly half, so that rounded timestamps never decide between two.
+_EARLY = 0.45
 
 
 @dataclass(frozen=True)
@@ -100,25 +103,27 @@ def read(
         out = np.empty((frames, height, width, 3), np.uint8)
         wanted = start / info.fps + np.arange(frames) / fps
         stop = end / info.fps if end is not None else float("inf")
-        taken, last = 0, -1.0
+        taken, last, step = 0, -1.0, 1 / info.fps
         current: av.VideoFrame | None = None
         try:
             for time, frame in _timed(container, stream, wanted[0]):
-                if time >= stop - 1e-6:
-                    break
-                if current is not None:  # the current frame is shown until this one
-                    while taken < frames and wanted[taken] < time - 0.5 / info.fps:
+                if current is not None:  # it is shown until this one
+                    until = min(time, stop) - _EARLY * min(step, time - last)
+                    while taken < frames and wanted[taken] < until:
                         out[taken] = _cover(current, height, width)
                         taken += 1
-                if taken == frames:
+                if taken == frames or time >= stop - 1e-6:
                     break
                 current, last = frame, time
         except av.error.FFmpegError as error:
             if taken == 0 and current is None:
                 raise RowError(ErrorCode.TRUNCATED, f"{path}: no frame can be decoded ({error})") from error
-        while taken < frames and current is not None and wanted[taken] < last + 0.5 / info.fps:
-            out[taken] = _cover(current, height, width)
-            taken += 1
+        if current is not None:
+            shown = float((current.duration or 0) * (stream.time_base or 0))  # the last frame may stand for long
+            until = min(stop, last + max(step, shown)) - _EARLY * step
+            while taken < frames and wanted[taken] < until:
+                out[taken] = _cover(current, height, width)
+                taken += 1
     if taken < frames:
         promised = clip_frames(info, start, end, fps, frames)
         if promised >= frames:
@@ -175,6 +180,8 @@ def verify(path: str | Path, *, frames: int, height: int, width: int) -> None:
 
 
 def _open(path: str | Path) -> InputContainer:
+    if not Path(path).is_file():
+        raise RowError(ErrorCode.REFERENCE_MISSING, f"{path}: no such file")
     if Path(path).stat().st_size == 0:
         raise RowError(ErrorCode.REFERENCE_EMPTY, f"{path}: the file has no bytes")
     try:

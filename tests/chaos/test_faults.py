@@ -150,7 +150,7 @@ def test_a_storage_that_stumbles_costs_time_and_no_row(bucket, s3_server, tmp_pa
     with FaultProxy(s3_server, faults) as proxy:
         code, text = jobs.run(
             "transfer", "--manifest", source, "--output", f"s3://{bucket}/out", *FAKE,
-            "--storage.endpoint-url", proxy.url, "--storage.timeout-s", 3, env=env,
+            "--storage.endpoint-url", proxy.url, "--storage.timeout-s", 3, "--transfer.max-actors", 2, env=env,
         )  # fmt: skip
         hit = Counter(fault for _, _, fault in proxy.hits)
     assert code == 0, text

@@ -191,20 +191,21 @@ def test_wrong_models_outputs_and_manifests_are_refused_before_the_run(model, tm
 
 @pytest.mark.timeout(600)
 def test_as_a_submitted_job_on_a_running_cluster(source, model, tmp_path):
-    """`ray job submit --working-dir . -- python jobs/transfer.py …`."""
+    """`ray job submit --working-dir . -- python jobs/transfer.py …`, three stages on one (logical) GPU."""
     bin = Path(sys.executable).parent
     port, dashboard = 6391, 8291
     env = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"}
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's sockets need a short path
     subprocess.run(
-        [bin / "ray", "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=8",
+        [bin / "ray", "start", "--head", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=8", "--num-gpus=1",
          "--disable-usage-stats", f"--temp-dir={folder}"],
         check=True, capture_output=True, env=env,
     )  # fmt: skip
     try:
         done = subprocess.run(
             [bin / "ray", "job", "submit", "--working-dir", ".", "--", "python", "jobs/transfer.py", "--manifest", source,
-             "--model", model, "--output", tmp_path / "out", "--limit", "3"],
+             "--model", model, "--output", tmp_path / "out", "--limit", "3",
+             "--device", "cpu", "--encode.gpus", "0.25", "--transfer.gpus", "0.5", "--finish.gpus", "0.25"],
             cwd=jobs.ROOT, env=env | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}, capture_output=True, text=True,
             timeout=300,
         )  # fmt: skip

@@ -1,0 +1,67 @@
+"""Parts of the actors that need no Ray."""
+
+import pyarrow as pa
+import pytest
+
+from pipelines.stage import STATE, begin, out_of_memory
+from pipelines.stages import Cache, reference_key
+from schemas import ManifestRow
+from support.jobs import row
+
+
+def test_a_value_is_made_once_and_the_least_recently_used_goes_first():
+    made = []
+    cache = Cache(2)
+
+    def get(key):
+        return cache.get(key, lambda: made.append(key) or key.upper())
+
+    assert [get(key) for key in "aababca"] == list("AABABCA")
+    assert made == ["a", "b", "c", "a"][:4]
+
+
+def test_what_raises_is_not_kept():
+    cache = Cache(2)
+    with pytest.raises(OSError, match="once"):
+        cache.get("a", lambda: (_ for _ in ()).throw(OSError("once")))
+    assert cache.get("a", lambda: 1) == 1
+
+
+def test_the_old_value_goes_before_the_new_one_is_made():
+    """Two models would not fit at once."""
+    cache = Cache(1)
+    cache.get("a", lambda: "model a")
+    cache.get("b", lambda: len(cache._values))
+    assert cache.get("b", lambda: None) == 0
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"reference_digest": "1" * 64}, {"start_frame": 1}, {"end_frame": 9}, {"fps": 24.0}, {"width": 80}, {"frames": 9}],
+)
+def test_a_reference_is_what_the_model_sees_of_a_clip(change):
+    plain, other = row("a").model_dump(), row("a", **change).model_dump()
+    assert reference_key(plain) != reference_key(other)
+    assert reference_key(plain) == reference_key(row("b", seed=3, reference_uri="/elsewhere.mp4").model_dump())
+
+
+def test_manifest_rows_become_the_state_that_travels():
+    table = pa.Table.from_pylist([row("a").model_dump()], schema=ManifestRow.arrow_schema())
+    state = begin(table)
+    assert state.schema == STATE
+    assert state["prompt"].to_pylist() == ["a"]
+    assert state["payload"].to_pylist() == state["error_code"].to_pylist() == [None]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (MemoryError(), True),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), True),
+        (RuntimeError("shapes do not match"), False),
+        (OSError("out of memory card"), False),
+    ],
+)
+def test_out_of_memory_is_told_from_other_errors(error, expected):
+    assert out_of_memory(error) is expected
