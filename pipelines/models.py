@@ -56,6 +56,8 @@ def local(model: str, storage: Storage) -> str:
                 for name, info in _objects(model, storage).items():
                     (loading / name).parent.mkdir(parents=True, exist_ok=True)
                     storage.fetch(join(model, name), loading / name, most_bytes=info["size"])
+                if revision(model, storage) != target.name:
+                    raise OSError(f"{model}: its weights changed while they were downloaded")
                 loading.rename(target)
             finally:
                 shutil.rmtree(loading, ignore_errors=True)

@@ -13,13 +13,13 @@ import functools
 import hashlib
 import os
 import random
+import re
 import shutil
 import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 import pyarrow.fs as pafs
 from fsspec.implementations.local import LocalFileSystem
@@ -32,6 +32,7 @@ T = TypeVar("T")
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 _PERMANENT_ERRNO = {errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG, errno.EDQUOT}
 _REMOTE = {"s3": "s3", "s3a": "s3"}
+_PART = 50 * 2**20  # bytes; s3fs moves larger objects in parts
 
 
 class StorageUnavailable(OSError):
@@ -40,8 +41,8 @@ class StorageUnavailable(OSError):
 
 def scheme(uri: str) -> str:
     """The scheme of a URI; plain paths are `file`."""
-    found = urlsplit(uri).scheme.lower()
-    return found if "://" in uri and found else "file"
+    found = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]*)://", uri)
+    return found[1].lower() if found else "file"
 
 
 class Storage:
@@ -51,8 +52,11 @@ class Storage:
         self.settings = settings or StorageSettings()
         self._sleep = sleep
 
-    def filesystem(self, uri: str) -> tuple[AbstractFileSystem, str]:
+    def filesystem(self, uri: str, tries: int = 1) -> tuple[AbstractFileSystem, str]:
         """The fsspec filesystem of a URI and the path in it.
+
+        Args:
+            tries: of each of its requests; one where the whole operation is retried.
 
         Raises:
             RowError: a scheme that is not supported.
@@ -64,15 +68,14 @@ class Storage:
             raise RowError(
                 ErrorCode.SCHEME_FORBIDDEN, f"{uri}: scheme {kind!r} is not supported (local paths and s3://)"
             )
-        return _s3(self.settings), uri.split("://", 1)[1].rstrip("/")
+        return _s3(self.settings, tries), uri.split("://", 1)[1].rstrip("/")
 
     def arrow(self, uri: str) -> tuple[pafs.FileSystem, str]:
         """The pyarrow filesystem of a URI and the path in it."""
-        fs, path = self.filesystem(uri)
+        fs, path = self.filesystem(uri, self.settings.attempts)  # who writes through Arrow has no retries of its own
         if isinstance(fs, LocalFileSystem):
             return pafs.LocalFileSystem(), path
-        retrying = _s3(self.settings, self.settings.attempts)  # who writes through Arrow has no retries of its own
-        return pafs.PyFileSystem(pafs.FSSpecHandler(retrying)), path
+        return pafs.PyFileSystem(pafs.FSSpecHandler(fs)), path
 
     def read(self, uri: str) -> bytes:
         """A whole object."""
@@ -92,19 +95,19 @@ class Storage:
         fs, path = self.filesystem(uri)
         try:
             if isinstance(fs, LocalFileSystem):
-                Path(path).parent.mkdir(parents=True, exist_ok=True)
-                with open(path, "xb") as file:
-                    file.write(data)
+                _create_local(path, data)
             else:
                 self._retry(f"create {uri}", lambda: fs.pipe_file(path, data, mode="create"))
         except FileExistsError:
-            return bool(self.read(uri) == data)  # ours, if the reply to the first try was lost
+            with contextlib.suppress(FileNotFoundError):  # it is gone again
+                return bool(self.read(uri) == data)  # ours, if the reply to the first try was lost
+            return False
         return True
 
     def put(self, local: str | Path, uri: str) -> None:
         """Uploads a local file and checks the size that arrived."""
-        fs, path = self.filesystem(uri)
         size = os.path.getsize(local)
+        fs, path = self.filesystem(uri, self._tries(size))
         if isinstance(fs, LocalFileSystem):
             _write_local(path, lambda temporary: shutil.copyfile(local, temporary))
             return
@@ -135,8 +138,10 @@ class Storage:
                     f"{uri}: {mib:.1f} MiB is over limits.max_reference_mib={most_bytes / 2**20:g}",
                 )
 
+            source, _ = self.filesystem(uri, self._tries(info["size"]))
+
             def download() -> str:
-                fs.get_file(path, str(local))
+                source.get_file(path, str(local))
                 size = os.path.getsize(local)
                 if size != info["size"]:
                     raise OSError(errno.EIO, f"{uri}: {size} of {info['size']} bytes arrived")
@@ -198,6 +203,10 @@ class Storage:
         kind = scheme(like)
         return path if kind == "file" else f"{kind}://{path}"
 
+    def _tries(self, size: int) -> int:
+        """Of each request of a transfer: what goes in parts must not begin anew for each part that fails."""
+        return self.settings.attempts if size > _PART else 1
+
     def _retry(self, what: str, operation: Callable[[], T]) -> T:
         """The operation's result; transient faults are tried again `settings.attempts` times in all."""
         for attempt in range(1, self.settings.attempts + 1):
@@ -205,6 +214,8 @@ class Storage:
                 return operation()
             except Exception as error:
                 if not transient(error):
+                    if type(error) in _PERMANENT and not error.errno:  # from S3, which does not say what it is about
+                        raise type(error)(f"{what}: {error}") from error
                     raise
                 if attempt == self.settings.attempts:
                     if isinstance(error, _Changed):
@@ -247,22 +258,24 @@ def join(uri: str, *parts: str) -> str:
 
 
 @functools.lru_cache(maxsize=8)
-def _s3(settings: StorageSettings, attempts: int = 1) -> AbstractFileSystem:
+def _s3(settings: StorageSettings, tries: int) -> AbstractFileSystem:
     """A connection of this process; listings are never cached, since other processes write too."""
     import s3fs
 
-    return s3fs.S3FileSystem(
+    fs = s3fs.S3FileSystem(
         profile=settings.profile,
         endpoint_url=settings.endpoint_url,
         client_kwargs={"region_name": settings.region} if settings.region else {},
         config_kwargs={
             "connect_timeout": min(10, settings.timeout_s),
             "read_timeout": settings.timeout_s,
-            "retries": {"total_max_attempts": attempts, "mode": "standard"},
+            "retries": {"total_max_attempts": tries, "mode": "standard"},
         },
         use_listings_cache=False,
         skip_instance_cache=True,
     )
+    fs.retries = tries  # s3fs has a loop of its own around each request
+    return fs
 
 
 def _write_local(path: str, fill: Callable[[str], Any]) -> None:
@@ -274,3 +287,14 @@ def _write_local(path: str, fill: Callable[[str], Any]) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _create_local(path: str, data: bytes) -> None:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    with open(path, "xb") as file:
+        try:
+            file.write(data)
+            file.flush()
+        except BaseException:
+            os.unlink(path)
+            raise

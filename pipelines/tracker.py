@@ -138,14 +138,16 @@ while True:
         seconds = float(line.split()[-1])
         deadline = time.monotonic() + seconds if seconds > 0 else None
     else:
-        os.kill(parent, signal.SIGKILL)
+        if os.getppid() == parent:  # else it is gone, and its number may be another's
+            os.kill(parent, signal.SIGKILL)
         sys.exit()
 """
 
     def __init__(self) -> None:
-        self._child = subprocess.Popen(
-            [sys.executable, "-S", "-c", self._CHILD, str(os.getpid())], stdin=subprocess.PIPE
-        )
+        self._child = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-S", "-c", self._CHILD, str(os.getpid())], stdin=subprocess.PIPE)
 
     def arm(self, seconds: float) -> None:
         """Kill this process in so many seconds."""
@@ -156,6 +158,8 @@ while True:
         self._say(0)
 
     def _say(self, seconds: float) -> None:
+        if self._child.poll() is not None:  # something killed it
+            self._child = self._start()
         assert self._child.stdin is not None
         self._child.stdin.write(f"{seconds}\n".encode())
         self._child.stdin.flush()

@@ -95,7 +95,10 @@ def _check_yaml(path: str) -> None:
 
 def _explain_words(cls: type[BaseModel], message: str) -> list[str]:
     """`--limits.row-secs: no such option; did you mean --limits.row-seconds?`; other messages as they are."""
-    known, unknown = list(_options(cls)), message.partition("unrecognized arguments: ")[2].split()
+    known, unknown = (
+        [*_options(cls), "--settings", "--print-settings"],
+        message.partition("unrecognized arguments: ")[2].split(),
+    )
     lines = []
     for name in [word.partition("=")[0] for word in unknown if word.startswith("--")]:
         near = difflib.get_close_matches(name, known, n=1)

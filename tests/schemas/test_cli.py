@@ -1,21 +1,19 @@
 """Settings from a file, the environment and the command line."""
 
-import pickle
-
 import pytest
 import yaml
-from pydantic import BaseModel
 
-from schemas import ErrorCode, PlanSettings, RowError, TransferSettings, cli
+from schemas import PlanSettings, TransferSettings, cli
 
 NEEDED = ["--manifest", "m", "--output", "o"]
+PLAN = ["--references", "r", "--prompts", "p", "--output", "o"]
 
 
 @pytest.fixture
 def file(tmp_path):
     def write(content):
         path = tmp_path / "settings.yaml"
-        path.write_text(content if isinstance(content, str) else yaml.safe_dump(content))
+        path.write_bytes(content if isinstance(content, bytes) else yaml.safe_dump(content).encode())
         return ["--settings", str(path)]
 
     return write
@@ -48,37 +46,32 @@ def test_both_spellings_of_a_flag(flag, joined):
     assert cli.load(TransferSettings, [*NEEDED, *words]).limits.row_seconds == 5
 
 
-def test_lists_are_comma_separated():
-    argv = ["--references", "r", "--prompts", "p", "--output", "o", "--methods", "fastvmt, none", "--seeds", "0,1,2"]
+def test_lists_are_comma_separated_everywhere(file, monkeypatch):
+    monkeypatch.setenv("VMT_LIMITS__SCHEMES", "file")
+    argv = [*PLAN, "--methods", "fastvmt, none", *file({"seeds": "0,1,2"})]
     loaded = cli.load(PlanSettings, argv)
-    assert loaded.methods == ("fastvmt", "none")
-    assert loaded.seeds == (0, 1, 2)
+    assert (loaded.methods, loaded.seeds, loaded.limits.schemes) == (("fastvmt", "none"), (0, 1, 2), ("file",))
 
 
 def test_flags_that_others_build_on():
-    plan = [
-        "--references",
-        "r",
-        "--prompts",
-        "p",
-        "--output",
-        "o",
-        "--model",
-        "wan-nano",
-        "--methods",
-        "none",
-        "--seeds",
-        "0",
-    ]
-    assert cli.load(PlanSettings, [*plan, "--skip-bad"]).skip_bad
-    loaded = cli.load(TransferSettings, [*NEEDED, "--model", "wan-nano", "--limit", "3", "--retry-failed"])
+    loaded = cli.load(PlanSettings, [*PLAN, "--model", "m", "--methods", "none", "--seeds", "7", "--skip-bad"])
+    assert (loaded.references, loaded.prompts, loaded.output, loaded.model) == ("r", "p", "o", "m")
+    assert (loaded.methods, loaded.seeds, loaded.skip_bad) == (("none",), (7,), True)
+    loaded = cli.load(TransferSettings, [*NEEDED, "--model", "x", "--limit", "3", "--retry-failed"])
+    assert (loaded.manifest, loaded.output, loaded.model) == ("m", "o", "x")
     assert (loaded.limit, loaded.retry_failed) == (3, True)
 
 
 @pytest.mark.parametrize(
     ("argv", "line"),
     [
-        ([*NEEDED, "--limits.row-secs", "5"], "limits.row-secs"),
+        ([*NEEDED, "--limits.row-secs", "5"], "--limits.row-secs: no such option; did you mean --limits.row-seconds?"),
+        ([*NEEDED, "--limits.row_secs=5"], "--limits.row-secs: no such option; did you mean --limits.row-seconds?"),
+        ([*NEEDED, "--retry"], "--retry: no such option; did you mean --retry-failed?"),  # no abbreviations
+        ([*NEEDED, "--setings", "f"], "--setings: no such option; did you mean --settings?"),
+        ([*NEEDED, "stray"], "unrecognized arguments: stray"),
+        ([*NEEDED, "--device", "tpu"], "device: Input should be 'auto', 'cpu' or 'cuda' (got 'tpu')"),
+        ([*NEEDED, "--limit"], "--limit: expected one argument"),
         ([*NEEDED, "--limits.row-seconds", "soon"], "limits.row_seconds: Input should be a valid number"),
         ([*NEEDED, "--transfer.actors", "0"], "transfer.actors: Input should be greater than 0"),
         ([*NEEDED, "--transfer.actors", "3", "--transfer.max-actors", "2"], "max_actors=2 is less than actors=3"),
@@ -99,8 +92,13 @@ def test_a_wrong_command_line_is_one_line_that_names_the_field(capsys, argv, lin
         ({"limits": {"row_second": 5}}, "limits.row_second: no such setting; did you mean row_seconds?"),
         ({"modle": "x"}, "modle: no such setting; did you mean model?"),
         ({"limits": {"row_seconds": "soon"}}, "limits.row_seconds"),
-        ("a: [1", "not YAML"),
-        ("- a\n- b", "expected a mapping of settings, found a list"),
+        ({"limits": 5}, "limits: Input should be a valid dictionary"),
+        ({5: 5}, "5: no such setting"),
+        ({"limits": {5: 5}}, "limits.5: Keys should be strings"),
+        (b"a: [1", "not YAML"),
+        (b"\xff\xfea: 1", "not YAML"),
+        (b"a\x00: 1", "not YAML"),
+        (b"- a\n- b", "expected a mapping of settings, found a list"),
     ],
 )
 def test_a_wrong_file_is_one_line_that_names_the_field(capsys, file, content, line):
@@ -109,48 +107,53 @@ def test_a_wrong_file_is_one_line_that_names_the_field(capsys, file, content, li
     assert line in lines[0]
 
 
-def test_printed_settings_are_the_ones_that_would_run_and_can_be_read_again(capsys, file):
-    argv = [*NEEDED, "--transfer.batch-rows", "2", "--limits.schemes", "file,s3"]
+@pytest.mark.parametrize(
+    ("name", "value", "line"),
+    [
+        ("VMT_LIMITS__ROW_SECOND", "5", "limits.row_second: no such setting; did you mean row_seconds?"),
+        ("VMT_LIMITS__ROW_SECONDS", "soon", "limits.row_seconds: Input should be a valid number"),
+        ("VMT_LIMIT", "x", "limit: Input should be a valid integer"),
+        ("VMT_LIMITS", "nope", '"limits"'),
+    ],
+)
+def test_a_wrong_environment_is_one_line_that_names_the_field(capsys, monkeypatch, name, value, line):
+    monkeypatch.setenv(name, value)
+    lines = refused(capsys, NEEDED)
+    assert len(lines) == 1
+    assert line in lines[0]
+
+
+def test_each_fault_has_its_line(capsys):
+    assert refused(capsys, ["--limit", "x", "--model", "m"]) == [
+        "error: manifest: required (--manifest …, or in the settings file)",
+        "error: output: required (--output …, or in the settings file)",
+        "error: limit: Input should be a valid integer, unable to parse string as an integer (got 'x')",
+    ]
+
+
+def test_an_empty_file_sets_nothing(file):
+    assert cli.load(TransferSettings, [*NEEDED, *file(b"")]) == cli.load(TransferSettings, NEEDED)
+
+
+@pytest.mark.parametrize(
+    ("cls", "argv"),
+    [
+        (TransferSettings, [*NEEDED, "--transfer.batch-rows", "2", "--limits.schemes", "file,s3", "--retry-failed"]),
+        (PlanSettings, [*PLAN, "--methods", "fastvmt,none", "--seeds", "1,2", "--negative-prompt", "a: [é] 🎈"]),
+    ],
+)
+def test_printed_settings_are_the_ones_that_would_run_and_can_be_read_again(capsys, file, monkeypatch, cls, argv):
+    monkeypatch.setenv("VMT_LIMITS__MAX_FRAMES", "12")
+    argv = [*argv, *file({"limits": {"max_pixels": 99}})]
     with pytest.raises(SystemExit) as caught:
-        cli.load(TransferSettings, [*argv, "--print-settings"])
+        cli.load(cls, [*argv, "--print-settings"])
     assert caught.value.code == 0
     printed = capsys.readouterr().out
-    assert yaml.safe_load(printed)["transfer"]["batch_rows"] == 2
-    assert cli.load(TransferSettings, file(printed)) == cli.load(TransferSettings, argv)
+    expected = cli.load(cls, argv)
+    assert yaml.safe_load(printed)["limits"].items() >= {"max_frames": 12, "max_pixels": 99}.items()
+    monkeypatch.delenv("VMT_LIMITS__MAX_FRAMES")
+    assert cli.load(cls, file(printed.encode())) == expected
 
 
-@pytest.mark.parametrize("cls", [PlanSettings, TransferSettings])
-def test_help_explains_every_field(capsys, cls):
-    with pytest.raises(SystemExit) as caught:
-        cli.load(cls, ["--help"])
-    assert caught.value.code == 0
-    shown = " ".join(capsys.readouterr().out.split())
-    for name, description in fields(cls):
-        assert description, f"{name} has no description"
-        assert f"--{name.replace('_', '-')}" in shown or "YAML only" in description
-    assert "--print-settings" in shown
-
-
-@pytest.mark.parametrize("cls", [PlanSettings, TransferSettings])
-def test_no_setting_could_hold_a_credential(cls):
-    for name, _ in fields(cls):
-        assert not any(word in name for word in ("secret", "password", "token", "access_key"))
-
-
-def fields(cls, prefix=""):
-    """(dotted name, description) of every leaf setting."""
-    for name, field in cls.model_fields.items():
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from fields(field.annotation, f"{prefix}{name}.")
-        else:
-            yield prefix + name, field.description
-
-
-def test_an_error_code_says_whether_another_try_may_help():
-    assert ErrorCode.STORAGE_UNAVAILABLE.transient
-    assert not ErrorCode.TRUNCATED.transient
-
-
-def test_a_row_error_travels_between_processes():
-    error = pickle.loads(pickle.dumps(RowError(ErrorCode.TRUNCATED, "cut")))
-    assert (error.code, error.message) == (ErrorCode.TRUNCATED, "cut")
+def test_loaded_settings_are_of_the_class_itself():
+    assert type(cli.load(TransferSettings, NEEDED)) is TransferSettings
