@@ -85,6 +85,15 @@ class ManifestRow(Row):
             raise ValueError(f"frames={self.frames} is not 4k+1; use {low} or {low + 4}")
         return self
 
+    @model_validator(mode="after")
+    def _text_can_be_stored(self) -> Self:
+        for name in ManifestRow.model_fields:
+            try:
+                str(getattr(self, name)).encode()
+            except UnicodeEncodeError as error:
+                raise ValueError(f"{name}: {getattr(self, name)!r:.60} is no valid Unicode") from error
+        return self
+
     @classmethod
     def planned(cls, **values: Any) -> Self:
         """A row with its `sample_id` computed from the other values."""

@@ -59,10 +59,10 @@ def probe(path: str | Path, limits: LimitSettings) -> VideoInfo:
             raise RowError(ErrorCode.TRUNCATED, f"{path}: no frame can be decoded ({error or 'no data'})") from error
         if stream.frames:
             found = _packets(container, stream)
-            if found < 0.99 * stream.frames - 1:
+            if found < 0.99 * info.frames - 1:
                 raise RowError(
                     ErrorCode.TRUNCATED,
-                    f"{path}: its header promises {stream.frames} frames, but the file holds {found}",
+                    f"{path}: its header promises {info.frames} frames, but the file holds {found}",
                 )
     return info
 
@@ -218,7 +218,8 @@ def _inspect(path: str | Path, container: InputContainer, limits: LimitSettings)
     else:
         seconds = container.duration / av.time_base if container.duration else 0.0
     fps = float(rate)
-    count = stream.frames or round(seconds * fps)
+    shown = round(seconds * fps)  # fewer than the file has, where an edit list trims it
+    count = min(stream.frames, shown) if stream.frames and shown else stream.frames or shown
     info = VideoInfo(width, height, fps, count, stream.codec_context.name)
     if width * height > limits.max_pixels:
         raise RowError(

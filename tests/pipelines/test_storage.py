@@ -23,9 +23,13 @@ def root(request, tmp_path):
     return str(tmp_path / "root") if request.param == "local" else f"s3://{request.getfixturevalue('bucket')}/root"
 
 
+def no_sleep(seconds):
+    pass
+
+
 @pytest.fixture
 def storage():
-    return Storage(StorageSettings(attempts=3), sleep=lambda seconds: None)
+    return Storage(StorageSettings(attempts=3), sleep=no_sleep)
 
 
 def failure(call, *args, **kwargs):
@@ -48,6 +52,47 @@ def test_only_one_can_create(storage, root):
     assert storage.create(f"{root}/lock", b"first")
     assert not storage.create(f"{root}/lock", b"second")
     assert storage.read(f"{root}/lock") == b"first"
+
+
+def test_of_many_at_once_one_creates(storage, root):
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda n: storage.create(f"{root}/lock", b"%d" % n), range(8)))
+    assert sum(made) == 1
+    assert storage.read(f"{root}/lock") == b"%d" % made.index(True)
+
+
+def test_what_was_there_and_went_away_was_not_created_here(storage, root, monkeypatch):
+    storage.write(f"{root}/lock", b"theirs")
+    monkeypatch.setattr(Storage, "read", Mock(side_effect=FileNotFoundError))
+    assert not storage.create(f"{root}/lock", b"mine")
+
+
+@pytest.mark.parametrize("name", ["a b.mp4", "é🎈.mp4", "a+b%20c#d&e.mp4", "day=1/x.mp4"])
+def test_names_are_taken_as_they_are(storage, root, name):
+    storage.write(f"{root}/{name}", DATA)
+    assert storage.find(root) == [f"{root}/{name}"]
+    assert storage.read(f"{root}/{name}") == DATA
+
+
+@pytest.mark.parametrize("size", [0, 1, len(DATA)])
+def test_any_size_arrives(storage, root, tmp_path, size):
+    storage.write(f"{root}/a", DATA[:size])
+    found = storage.fetch(f"{root}/a", tmp_path / "down", most_bytes=size)
+    assert found == hashlib.sha256(DATA[:size]).hexdigest() == sha256(tmp_path / "down")
+
+
+def test_a_prefix_ends_at_a_slash(storage, root):
+    storage.write(f"{root}/a/1", b"x")
+    storage.write(f"{root}/ab/2", b"x")
+    assert storage.find(f"{root}/a") == [f"{root}/a/1"]
+    assert storage.find(f"{root}/a/") == [f"{root}/a/1"]
+
+
+def test_storage_travels_between_processes_without_its_connections(storage, root, monkeypatch):
+    storage.write(f"{root}/a", DATA)
+    travelled = pickle.dumps(storage)
+    assert b"AWS" not in travelled and b"test" not in travelled.replace(b"test_storage", b"")
+    assert pickle.loads(travelled).read(f"{root}/a") == DATA
 
 
 def test_objects_are_found_below_a_prefix(storage, root):
@@ -96,7 +141,7 @@ def test_arrow_reads_and_writes_the_same_places(storage, root):
     assert ds.dataset(path, filesystem=filesystem).to_table()["x"].to_pylist() == [1, 2]
 
 
-@pytest.mark.parametrize("uri", ["ftp://host/a", "http://host/a", "gs://b/a"])
+@pytest.mark.parametrize("uri", ["ftp://host/a", "http://host/a", "https://host/a", "gs://b/a", "concat://[a"])
 def test_other_schemes_are_refused(storage, uri):
     code, message = failure(storage.read, uri)
     assert code == "scheme_forbidden"
@@ -104,24 +149,51 @@ def test_other_schemes_are_refused(storage, uri):
 
 
 def test_names():
-    assert scheme("s3://b/a") == "s3"
-    assert scheme("/a:b/c") == scheme("C:/x") == scheme("a.mp4") == "file"
+    assert scheme("s3://b/a") == scheme("S3://b/[1") == "s3"
+    assert scheme("/a:b/c") == scheme("C:/x") == scheme("a.mp4") == scheme("file:///a") == "file"
     assert join("s3://b/a/", "c", "d") == "s3://b/a/c/d"
 
 
 # ---- on disk
 
 
-def test_a_write_that_breaks_leaves_nothing(storage, tmp_path, monkeypatch):
-    def breaks(source, target):
-        Path(target).write_bytes(b"half")
-        raise OSError(28, "No space left on device")
+class Broken(io.FileIO):
+    """A disk that is full after some bytes."""
 
+    def write(self, data):
+        super().write(data[:100])
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("way", ["write", "create", "put"])
+@pytest.mark.parametrize("before", [[], ["v.mp4"]])
+def test_a_write_that_breaks_leaves_what_was_there(storage, tmp_path, monkeypatch, way, before):
     (tmp_path / "up").write_bytes(DATA)
-    monkeypatch.setattr(module.shutil, "copyfile", breaks)
-    with pytest.raises(OSError, match="No space left"):
-        storage.put(tmp_path / "up", str(tmp_path / "out" / "v.mp4"))
-    assert list((tmp_path / "out").iterdir()) == []
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in before:
+        (out / name).write_bytes(b"old")
+    if way == "create" and before:
+        return
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(builtins, "open", lambda path, mode="r", *_: real_open(path, mode))
+        patch.setattr(io, "open", lambda path, mode="r", *_, **__: real_open(path, mode))
+        patch.setattr(module.shutil, "copyfile", lambda source, target: real_open(target, "wb").write(DATA))
+        getattr(storage, way)(*((tmp_path / "up", str(out / "v.mp4")) if way == "put" else (str(out / "v.mp4"), DATA)))
+    assert [path.name for path in out.iterdir()] == before
+    assert all((out / name).read_bytes() == b"old" for name in before)
+
+
+def test_home_and_file_urls_are_paths(storage, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    storage.write("~/a", b"x")
+    assert storage.read(f"file://{tmp_path}/a") == b"x"
+    assert storage.find(f"file://{tmp_path}") == [f"{tmp_path}/a"]
+
+
+def test_a_file_that_may_not_be_read_is_forbidden(storage, tmp_path, monkeypatch):
+    monkeypatch.setattr(module.LocalFileSystem, "info", Mock(side_effect=PermissionError(errno.EACCES, "denied")))
+    assert failure(storage.fetch, str(tmp_path / "a"), tmp_path / "down", most_bytes=MUCH)[0] == "reference_forbidden"
 
 
 # ---- on an S3 that stumbles
@@ -137,7 +209,7 @@ def stumbling(bucket, s3_server):
         def behind(*rules, **settings):
             proxy.rules = list(rules)
             options = {"endpoint_url": proxy.url, "attempts": 4, "timeout_s": 2} | settings
-            return Storage(StorageSettings(**options), sleep=lambda seconds: None)
+            return Storage(StorageSettings(**options), sleep=no_sleep)
 
         yield behind, proxy, uri
 

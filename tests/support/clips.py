@@ -1,5 +1,6 @@
 """Good and bad videos."""
 
+import struct
 from fractions import Fraction
 
 import av
@@ -51,7 +52,7 @@ def _cut_before_the_index(path):
             image = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode(None))
-    path.write_bytes(path.read_bytes()[:-400])
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def _audio(path):
@@ -83,19 +84,58 @@ BAD = {
 }
 
 #: further ways to be bad, as (error code, writer)
-MORE_BAD = {"cut before the index": ("truncated", _cut_before_the_index)}
+MORE_BAD = {
+    "cut before the index": ("truncated", _cut_before_the_index),
+    "noise": ("not_a_video", lambda path: path.write_bytes(np.random.default_rng(0).bytes(100_000))),
+    "one byte": ("not_a_video", lambda path: path.write_bytes(b"x")),
+}
 
 
-def variable_rate(path, times, *, size=(32, 32)):
-    """A counting clip whose frame n is shown from times[n], in tenths of a second."""
-    with av.open(str(path), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=10)
+def encoded(path, codec, pixels, *, times=range(20), last=1, size=(32, 32), options=None):
+    """A counting clip in any codec and container, whose frame n is shown from times[n], in tenths of a second.
+
+    Args:
+        last: how long the last frame is shown.
+    """
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=10)
         stream.height, stream.width = size
-        stream.options = {"crf": "0"}
+        stream.pix_fmt, stream.options = pixels, options or {}
         stream.codec_context.time_base = Fraction(1, 10)
+        packets = []
         for number, time in enumerate(times):
             frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 10 * number + 5, np.uint8), format="rgb24")
             frame.pts, frame.time_base = time, Fraction(1, 10)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+            packets += stream.encode(frame)
+        packets += stream.encode(None)
+        packets[-1].duration = last
+        container.mux(packets)
+    return path
+
+
+def variable_rate(path, times, *, last=1):
+    """A clip whose frames are shown for different times."""
+    return encoded(path, "libx264", "yuv420p", times=times, last=last, options={"crf": "0", "bf": "0"})
+
+
+def turned(path, degrees):
+    """Marks an mp4 as to be shown turned clockwise, as phones do."""
+    matrix = {90: (0, 1, -1, 0), 180: (-1, 0, 0, -1), 270: (0, -1, 1, 0)}[degrees]
+    content = bytearray(path.read_bytes())
+    start = content.index(_matrix(1, 0, 0, 1), content.index(b"tkhd"))
+    content[start : start + 36] = _matrix(*matrix)
+    path.write_bytes(content)
+    return path
+
+
+def _matrix(a, b, c, d):
+    return struct.pack(">9i", a << 16, b << 16, 0, c << 16, d << 16, 0, 0, 0, 1 << 30)
+
+
+def trimmed(path, seconds):
+    """Shortens an mp4 by its edit list alone, as phones do: all frames stay in the file."""
+    content = bytearray(path.read_bytes())
+    start = content.index(b"elst") + 12
+    content[start : start + 4] = struct.pack(">I", round(1000 * seconds))
+    path.write_bytes(content)
     return path

@@ -1,13 +1,15 @@
 """Video files in and out."""
 
-import itertools
+import functools
 
 import av
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from schemas import LimitSettings, RowError
-from support.clips import BAD, MORE_BAD, clip, counting, numbers, variable_rate
+from support.clips import BAD, MORE_BAD, clip, counting, encoded, numbers, trimmed, turned, variable_rate
 from vmt_core import video
 from vmt_core.world.clips import render
 
@@ -68,15 +70,22 @@ def test_a_frame_range(tmp_path):
     assert numbers(read(path, start=5, end=10, frames=5)) == list(range(5, 10))
 
 
-@pytest.mark.parametrize("fps", [5.0, 10.0, 20.0, 7.5])
-def test_a_rate_picks_the_frame_that_is_shown_at_that_time(tmp_path, fps):
-    path = counting(tmp_path / "v.mp4")
-    expected = [int(n / fps * 10 + 0.5 - 1e-6) for n in range(9)]
-    found = numbers(read(path, fps=fps))
-    assert all(abs(a - b) <= 1 for a, b in zip(found, expected, strict=True))
-    assert found == sorted(found)
-    if fps in (5.0, 10.0):
-        assert found == [round(n * 10 / fps) for n in range(9)]
+@pytest.mark.parametrize(
+    ("fps", "expected"),
+    [
+        (10.0, [0, 1, 2, 3, 4, 5, 6, 7, 8]),
+        (5.0, [0, 2, 4, 6, 8, 10, 12, 14, 16]),
+        (20 / 3, [0, 1, 3, 4, 6, 7, 9, 10, 12]),  # as 24 -> 16: in steps, not as rounding errors fall
+        (7.5, [0, 1, 3, 4, 5, 7, 8, 9, 11]),
+        (20.0, [0, 0, 1, 1, 2, 2, 3, 3, 4]),
+        (30.0, [0, 0, 1, 1, 1, 2, 2, 2, 3]),
+        (40.0, [0, 0, 0, 1, 1, 1, 1, 2, 2]),
+    ],
+)
+@pytest.mark.parametrize("rate", [10.0, 24000 / 1001])
+def test_a_rate_picks_the_frame_that_is_shown_at_that_time(tmp_path, rate, fps, expected):
+    path = counting(tmp_path / "v.mp4", fps=rate)
+    assert numbers(read(path, fps=fps / 10 * rate)) == expected
 
 
 def test_a_range_far_into_a_long_clip(tmp_path):
@@ -86,9 +95,65 @@ def test_a_range_far_into_a_long_clip(tmp_path):
     assert numbers(read(path, start=100, frames=5)) == [n % 25 for n in range(100, 105)]
 
 
-def test_variable_frame_rates_are_read_by_time(tmp_path):
-    path = variable_rate(tmp_path / "v.mp4", [0, 1, 2, 6, 7, 8, 9, 10, 11, 12])
-    assert numbers(read(path)) == [0, 1, 2, 2, 2, 2, 3, 4, 5]
+@pytest.mark.parametrize(
+    ("times", "last", "expected"),
+    [
+        ([0, 1, 2, 6, 7, 8, 9, 10, 11, 12], 1, [0, 1, 2, 2, 2, 2, 3, 4, 5]),
+        ([0, 1, 2, 3, 50], 1, [0, 1, 2, 3, 3, 3, 3, 3, 3]),  # the mean rate is 1, the motion has 10
+        ([0, 1, 2, 3], 40, [0, 1, 2, 3, 3, 3, 3, 3, 3]),  # the end of a screen recording
+    ],
+)
+def test_variable_frame_rates_are_read_by_time(tmp_path, times, last, expected):
+    path = variable_rate(tmp_path / "v.mp4", times, last=last)
+    assert video.clip_frames(video.probe(path, LIMITS), 0, None, 10.0, 9) == 9
+    assert numbers(read(path)) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "pixels"),
+    [
+        ("v.mp4", "libx264", "yuv444p"),
+        ("v.mp4", "libx265", "yuv420p10le"),
+        ("v.mp4", "libsvtav1", "yuv420p"),
+        ("v.mov", "prores_ks", "yuv422p10le"),
+        ("v.mkv", "ffv1", "yuva420p"),
+        ("v.webm", "libvpx-vp9", "yuv420p"),
+        ("v.avi", "mjpeg", "yuvj420p"),
+        ("v.ts", "libx264", "yuv420p"),  # its first frame is not at 0, and its header has no count
+        ("v.flv", "flv", "yuv420p"),
+        ("v.wmv", "wmv2", "yuv420p"),
+        ("v.gif", "gif", "rgb8"),
+    ],
+)
+def test_what_people_have_can_be_read(tmp_path, name, codec, pixels):
+    path = encoded(tmp_path / name, codec, pixels)
+    info = video.probe(path, LIMITS)
+    assert (info.frames, info.fps, info.width, info.height) == (20, 10.0, 32, 32)
+    assert numbers(read(path)) == list(range(9))
+    assert numbers(read(path, start=12, frames=5)) == list(range(12, 17))
+
+
+def test_a_trimmed_clip_ends_where_it_is_shown_to_end(tmp_path):
+    path = trimmed(counting(tmp_path / "v.mp4"), 1.0)
+    assert video.probe(path, LIMITS).frames == 10
+    assert numbers(read(path)) == list(range(9))
+
+
+@pytest.mark.parametrize(("degrees", "corner"), [(90, (0, 1)), (180, (1, 1)), (270, (1, 0))])
+def test_a_turned_clip_is_read_upright(tmp_path, degrees, corner):
+    height, width = (32, 64) if degrees == 180 else (64, 32)
+    frames = torch.zeros(5, 3, 32, 64, dtype=torch.uint8)
+    frames[:, :, :16, :16] = 255
+    video.write(tmp_path / "v.mp4", frames, 10)
+    found = read(turned(tmp_path / "v.mp4", degrees), height=height, width=width, frames=5)[0].float().mean(0)
+    halves = found.unflatten(1, (2, -1)).unflatten(0, (2, -1)).mean((1, 3))
+    assert divmod(int(halves.argmax()), 2) == corner
+
+
+@pytest.mark.parametrize("size", [(51, 67), (2, 2), (16, 2048)])
+def test_odd_tiny_and_narrow_clips_are_read(tmp_path, size):
+    path = encoded(tmp_path / "v.mp4", "libx264", "yuv444p", size=size, options={"crf": "0"})
+    assert numbers(read(path, height=48, width=80)) == list(range(9))
 
 
 @pytest.mark.parametrize("source", [(64, 64), (64, 128), (128, 48), (50, 66)])
@@ -106,17 +171,37 @@ def test_frames_cover_the_size_and_are_cropped_at_the_centre(tmp_path, source, s
     assert abs((rows.max() - rows.min()) - (cols.max() - cols.min())) <= 1  # not stretched
 
 
-def test_promised_frames_can_be_read(tmp_path):
-    """`clip_frames`, which plans, never promises more than `read` gives."""
-    for frames, rate in itertools.product([5, 8, 20], [10.0, 24.0]):
-        path = counting(tmp_path / "v.mp4", frames=frames, fps=rate)
-        info = video.probe(path, LIMITS)
-        for fps, start, end in itertools.product([5.0, 10.0, 12.0, 24.0, 30.0], [0, 2], [None, 7]):
-            promised = video.clip_frames(info, start, end, fps, 81)
-            assert promised <= 81
-            if promised >= 5:
-                assert promised % 4 == 1
-                assert len(read(path, frames=promised, fps=fps, start=start, end=end)) == promised
+@pytest.fixture(scope="module")
+def counted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("counted")
+    return functools.cache(lambda frames, rate: counting(folder / f"{frames}-{rate}.mp4", frames=frames, fps=rate))
+
+
+@settings(max_examples=200)
+@given(
+    st.sampled_from([5, 6, 9, 24]),
+    st.sampled_from([8.0, 12.0, 24000 / 1001, 24.0, 25.0, 29.97, 60.0]),
+    st.sampled_from([8.0, 12.0, 16.0, 24.0, 30.0, 60.0]) | st.floats(1, 120),
+    st.integers(0, 8),
+    st.none() | st.integers(1, 30),
+)
+def test_what_planning_promises_reading_gives(counted, frames, rate, fps, start, end):
+    path = counted(frames, rate)
+    promised = video.clip_frames(video.probe(path, LIMITS), start, end, fps, 33)
+    assert promised == 0 or (promised % 4 == 1 and promised <= 33)
+    if promised < 5:
+        return
+    found = numbers(read(path, frames=promised, fps=fps, start=start, end=end))
+    wanted = [start + n / fps * rate for n in range(promised)]
+    assert all(abs(a - b) < 0.6 for a, b in zip(found, wanted, strict=True))  # the nearest frame
+    assert found == sorted(found)
+
+
+@pytest.mark.parametrize(("start", "end"), [(30, None), (0, 4), (18, None), (10, 12), (25, 40)])
+def test_a_range_with_too_little_in_it_is_refused(tmp_path, start, end):
+    path = counting(tmp_path / "v.mp4")
+    assert video.clip_frames(video.probe(path, LIMITS), start, end, 10.0, 81) < 5
+    assert failure(read, path, start=start, end=end, frames=5)[0] == "too_few_frames"
 
 
 # ---- what is bad
@@ -131,11 +216,34 @@ def test_each_bad_file_has_its_own_code(tmp_path, code):
     assert "bad.mp4" in message
 
 
+@pytest.mark.parametrize("code", sorted(set(BAD) - {"too_few_frames"}))
+def test_planning_finds_them_as_well(tmp_path, code):
+    BAD[code](tmp_path / "bad.mp4")
+    assert failure(video.probe, tmp_path / "bad.mp4", LIMITS)[0] == code
+
+
 @pytest.mark.parametrize("kind", MORE_BAD)
 def test_other_bad_files(tmp_path, kind):
     code, write = MORE_BAD[kind]
     write(tmp_path / "bad.mp4")
-    assert failure(read, tmp_path / "bad.mp4")[0] == code
+    assert failure(read, tmp_path / "bad.mp4")[0] == failure(video.probe, tmp_path / "bad.mp4", LIMITS)[0] == code
+
+
+class Sealed:
+    """A container that nothing may be decoded from."""
+
+    def __init__(self, container):
+        self._container = container
+
+    def __getattr__(self, name):
+        assert name not in ("decode", "demux")
+        return getattr(self._container, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._container.close()
 
 
 @pytest.mark.parametrize(
@@ -146,12 +254,22 @@ def test_other_bad_files(tmp_path, kind):
         ({"max_pixels": 4095}, "too_many_pixels", "limits.max_pixels=4095"),
     ],
 )
-def test_limits_are_checked_before_anything_is_decoded(tmp_path, monkeypatch, limits, code, name):
+@pytest.mark.parametrize(
+    "look", [lambda path, limits: video.probe(path, limits), lambda path, limits: read(path, limits=limits)]
+)
+def test_limits_are_checked_before_anything_is_decoded(tmp_path, monkeypatch, look, limits, code, name):
     path = clip(tmp_path / "v.mp4")
-    monkeypatch.setattr(video, "_timed", None)
-    found, message = failure(read, path, limits=LimitSettings(**limits))
+    look(path, LimitSettings(max_frames=17, max_pixels=4096, max_duration_s=2))  # just within
+    opened = video._open
+    monkeypatch.setattr(video, "_open", lambda path: Sealed(opened(path)))
+    found, message = failure(look, path, LimitSettings(**limits))
     assert found == code
     assert name in message
+
+
+def test_no_file_is_missing(tmp_path):
+    for path in (tmp_path / "nowhere.mp4", tmp_path):
+        assert failure(read, path)[0] == failure(video.probe, path, LIMITS)[0] == "reference_missing"
 
 
 @pytest.mark.parametrize(
