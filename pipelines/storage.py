@@ -176,13 +176,15 @@ class Storage:
             found = self._retry(f"list {uri}", lambda: fs.find(path))
         except FileNotFoundError:
             return []
-        return sorted(self._uri(uri, name) for name in found)
+        return sorted(self._uri(uri, name) for name in found if not name.endswith("/"))  # the mark of an empty folder
 
     def details(self, uri: str) -> dict[str, dict[str, Any]]:
         """All objects below a prefix: path relative to it -> size and etag (S3) of each."""
         fs, path = self.filesystem(uri)
         found = self._retry(f"list {uri}", lambda: fs.find(path, detail=True))
-        return {str(PurePosixPath(name).relative_to(path)): info for name, info in found.items()}
+        return {
+            str(PurePosixPath(name).relative_to(path)): info for name, info in found.items() if not name.endswith("/")
+        }
 
     def glob(self, pattern: str) -> list[str]:
         """Objects that match a pattern, as URIs, sorted."""

@@ -54,6 +54,9 @@ class Tracker:
         self._nodes = nodes or _living_nodes
         self._begun: dict[tuple[str, str], _Begun] = {}
         self._crashes: Counter[tuple[str, str]] = Counter()
+        self._timed_out: set[tuple[str, str]] = (
+            set()
+        )  # kept: their batch comes again if another of its rows kills the worker
         self._restarts: Counter[str] = Counter()
         self._now = Snapshot()
         self._active = clock()
@@ -74,8 +77,10 @@ class Tracker:
                 if before.node in living:
                     self._crashes[key] += 1
                     if before.alone and self._clock() - before.at >= before.budget:
-                        action = "timed_out"
-            if action == "run" and self._crashes[key]:
+                        self._timed_out.add(key)
+            if key in self._timed_out:
+                action = "timed_out"
+            elif self._crashes[key]:
                 action = "crashed" if self._crashes[key] >= MOST_CRASHES else "alone"
             verdicts[row] = (action, 1 + self._restarts[row])
         return verdicts

@@ -78,6 +78,42 @@ def test_a_download_that_breaks_is_not_taken_for_whole(prefix, monkeypatch, cach
     assert content(models.local(prefix, Storage())) == FILES
 
 
+def test_what_a_killed_process_left_is_not_taken_for_whole(prefix, cache):
+    left = cache / ".loading-killed"
+    left.mkdir(parents=True)
+    (left / "model_index.json").write_bytes(b"{}")
+    assert content(models.local(prefix, Storage())) == FILES
+
+
+def test_weights_that_change_while_they_are_downloaded_are_not_kept_under_the_old_revision(prefix, monkeypatch, cache):
+    fetch = Storage.fetch
+
+    def overtaken(self, uri, *args, **kwargs):
+        found = fetch(self, uri, *args, **kwargs)
+        Storage().write(f"{prefix}/vae/w.safetensors", b"others!" * 1000)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "fetch", overtaken)
+        with pytest.raises(OSError, match="changed while they were downloaded"):
+            models.local(prefix, Storage())
+    assert [path for path in cache.iterdir() if path.is_dir()] == []
+    assert content(models.local(prefix, Storage()))["vae/w.safetensors"] == b"others!" * 1000
+
+
+@pytest.mark.parametrize("name", ["vae/w.safetensors", "vae/more.safetensors", "transformer/config.json"])
+def test_every_file_of_a_model_counts_for_its_revision(prefix, name):
+    before = models.revision(prefix, Storage())
+    Storage().write(f"{prefix}/{name}", b"other")
+    assert models.revision(prefix, Storage()) != before
+
+
+def test_the_revision_does_not_depend_on_the_place(prefix, bucket):
+    for name, bytes_ in FILES.items():
+        Storage().write(f"s3://{bucket}/copy/of/it/{name}", bytes_)
+    assert models.revision(f"s3://{bucket}/copy/of/it", Storage()) == models.revision(f"{prefix}/", Storage())
+
+
 def test_the_revision_follows_the_content(prefix):
     before = models.revision(prefix, Storage())
     assert models.revision(prefix, Storage()) == before

@@ -1,14 +1,17 @@
 """Attempts, quarantine, and the numbers that people see."""
 
-import os
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from pipelines import progress
-from pipelines.tracker import Tracker
+from pipelines import lock, progress
+from pipelines.tracker import Tracker, Watchdog
 
 
 class World:
@@ -84,15 +87,86 @@ def test_a_node_that_went_away_is_not_the_rows_fault(tracker, world):
         world.nodes = {"n1", "n2"}
 
 
+def test_a_lost_node_neither_accuses_nor_acquits(tracker, world):
+    crash(tracker, "a")
+    assert admit(tracker, "a") == {"a": "alone"}
+    crash(tracker, "a", node="gone")
+    assert admit(tracker, "a") == {"a": "alone"}
+    crash(tracker, "a")
+    assert admit(tracker, "a") == {"a": "crashed"}
+
+
+def test_a_row_that_was_admitted_but_not_begun_is_innocent(tracker):
+    assert admit(tracker, "a", "b") == {"a": "run", "b": "run"}
+    crash(tracker, "a")  # the worker died before it came to b
+    assert admit(tracker, "a", "b") == {"a": "alone", "b": "run"}
+
+
+def test_living_nodes_are_only_asked_for_when_something_died():
+    def nodes():
+        raise AssertionError("asked")
+
+    tracker = Tracker(nodes=nodes)
+    assert admit(tracker, "a") == {"a": "run"}
+
+
 def test_stages_count_for_themselves(tracker):
     tracker.begin("encode", ["a"], "n1", 60)
     assert admit(tracker, "a") == {"a": "run"}
 
 
-def test_attempts_count_every_beginning(tracker):
+def test_attempts_count_every_beginning_wherever_it_was_lost(tracker, world):
     assert tracker.admit("transfer", ["a"])["a"] == ("run", 1)
     crash(tracker, "a")
     assert tracker.admit("transfer", ["a"])["a"] == ("alone", 2)
+    crash(tracker, "a", node="gone")
+    assert tracker.admit("transfer", ["a"])["a"] == ("alone", 3)
+    tracker.begin("transfer", ["a"], "n1", 60)
+    tracker.end("transfer", ["a"], 1.0)
+    assert tracker.admit("finish", ["a"])["a"] == ("run", 3)
+
+
+@given(
+    st.lists(st.sampled_from(["good", "poison", "slow", "flaky"]), min_size=1, max_size=12),
+    st.integers(1, 5),
+    st.booleans(),
+)
+def test_whatever_dies_every_row_ends_and_only_the_guilty_are_failed(kinds, group, many):
+    """A worker as Ray runs it: a batch comes again until nothing dies in it."""
+    world = World()
+    tracker, ends, began = world.tracker(), {}, Counter()
+
+    def work(rows):
+        """True if the worker lived."""
+        tracker.begin("transfer", rows, "n1", 60 * len(rows))
+        began.update(rows)
+        guilty = {kinds[int(row)] for row in rows if kinds[int(row)] != "flaky" or began[row] == 1} - {"good"}
+        if guilty:
+            world.now += 60 * len(rows) if guilty == {"slow"} else 1
+            return False
+        tracker.end("transfer", rows, 1.0)
+        ends.update(dict.fromkeys(rows, "ok"))
+        return True
+
+    def batch(rows):
+        together, alone = [], []
+        for row, (action, _) in tracker.admit("transfer", rows).items():
+            if action in ("run", "alone"):
+                (together if action == "run" else alone).append(row)
+            else:
+                ends[row] = action
+        groups = [together[i : i + group] for i in range(0, len(together), group)] + [[row] for row in alone]
+        return all(work(rows) for rows in groups)
+
+    rows = [str(i) for i in range(len(kinds))]
+    deaths = 0
+    for part in [rows] if many else [rows[i : i + group] for i in range(0, len(rows), group)]:
+        while not batch(part):
+            deaths += 1
+            assert deaths <= 2 * len(rows)
+    ended = {"good": "ok", "flaky": "ok", "poison": "crashed", "slow": "timed_out"}
+    assert ends == {row: ended[kind] for row, kind in zip(rows, kinds, strict=True)}
+    assert all(began[row] <= 2 for row, kind in zip(rows, kinds, strict=True) if kind in ("poison", "slow"))
 
 
 def test_the_numbers_of_a_run(tracker, world):
@@ -141,7 +215,7 @@ def test_the_line_of_progress(now, line):
 # ---- the watchdog, on real processes
 
 HANG = """
-import re, sys, time
+import os, re, signal, sys, time
 from pipelines.tracker import Watchdog
 dog = Watchdog()
 dog.arm({seconds})
@@ -159,22 +233,46 @@ def run(work, seconds):
     return process.returncode, text, time.monotonic() - began
 
 
-@pytest.mark.parametrize("work", ["time.sleep(60)", BUSY])
+@pytest.mark.parametrize(
+    "work",
+    ["time.sleep(60)", BUSY, "os.kill(os.getpid(), signal.SIGSTOP)", "dog.disarm(); dog.arm(0.2); time.sleep(60)"],
+)
 def test_a_process_that_hangs_is_killed_at_its_deadline(work):
     code, text, seconds = run(work, 0.5)
-    assert code == -9
+    assert code == -signal.SIGKILL
     assert text == ""
     assert seconds < 10
 
 
-def test_work_that_ends_in_time_lives_on():
-    assert run("time.sleep(0.1); dog.disarm(); time.sleep(0.8)", 0.5)[:2] == (0, "survived\n")
+@pytest.mark.parametrize("work", ["time.sleep(0.1); dog.disarm(); time.sleep(0.8)", "dog.arm(60); time.sleep(0.8)"])
+def test_work_that_ends_in_time_lives_on(work):
+    assert run(work, 0.5)[:2] == (0, "survived\n")
 
 
-def test_the_watchdog_goes_with_its_process():
-    program = "from pipelines.tracker import Watchdog; dog = Watchdog(); print(dog._child.pid, flush=True); import os; os._exit(0)"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+def test_a_watchdog_that_was_killed_is_replaced():
+    work = "dog._child.kill(); dog._child.wait(); dog.arm(0.3); time.sleep(60)"
+    assert run(work, 60)[0] == -signal.SIGKILL
+
+
+def test_a_watchdog_spares_a_process_that_is_not_its_parent():
+    """The number of a process that is gone is given to another."""
+    stranger = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    dog = subprocess.Popen([sys.executable, "-c", Watchdog._CHILD, str(stranger.pid)], stdin=subprocess.PIPE)
+    dog.stdin.write(b"0.01\n")
+    dog.stdin.flush()
+    assert dog.wait(10) == 0
+    stranger.communicate(b"\n", timeout=10)
+    assert stranger.returncode == 0
+
+
+@pytest.mark.parametrize("end", ["os._exit(0)", "os.kill(os.getpid(), signal.SIGKILL)"])
+def test_the_watchdog_goes_with_its_process(end):
+    done = subprocess.run(
+        [sys.executable, "-c", HANG.format(seconds=60, work=f"print(dog._child.pid, flush=True); {end}")],
+        capture_output=True,
+        text=True,
+    )
     deadline = time.monotonic() + 5
-    while os.path.exists(f"/proc/{done.stdout.strip()}") and time.monotonic() < deadline:
+    while (alive := lock._started(int(done.stdout))) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not os.path.exists(f"/proc/{done.stdout.strip()}")
+    assert not alive
