@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.storage import Storage, join, scheme
-from vmt_core.backbone import wan
+from vmt_core.backbone import weights
 
 _WEIGHTS = (".json", ".safetensors", ".model", ".txt")
 
@@ -24,7 +24,7 @@ def revision(model: str, storage: Storage) -> str:
         FileNotFoundError: there is no such model.
     """
     if scheme(model) == "file":
-        return wan.revision(wan.locate(model))
+        return weights.revision(weights.locate(model))
     digest = hashlib.sha256()
     for name, info in sorted(_objects(model, storage).items()):
         digest.update(f"{name}\0{info['size']}\0{info.get('ETag', '')}\0".encode())
@@ -33,7 +33,7 @@ def revision(model: str, storage: Storage) -> str:
 
 def config(model: str, storage: Storage) -> dict[str, Any]:
     """The transformer's configuration, without its weights."""
-    folder = model if scheme(model) != "file" else str(wan.locate(model))
+    folder = model if scheme(model) != "file" else str(weights.locate(model))
     content = json.loads(storage.read(join(folder, "transformer", "config.json")))
     return dict(content)
 

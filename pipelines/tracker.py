@@ -56,7 +56,7 @@ class Tracker:
         self._crashes: Counter[tuple[str, str]] = Counter()
         self._timed_out: set[tuple[str, str]] = (
             set()
-        )  # kept: their batch comes again if another of its rows kills the worker
+        )  # kept, since the batch comes again if a neighbour kills its worker
         self._restarts: Counter[str] = Counter()
         self._now = Snapshot()
         self._active = clock()

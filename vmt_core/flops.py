@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vmt_core.backbone.geometry import Geometry
-from vmt_core.backbone.taps import CheckpointName
 from vmt_core.methods import Method
+
+if TYPE_CHECKING:
+    from vmt_core.backbone.taps import CheckpointName
 
 TEXT_TOKENS = 512
 

@@ -28,7 +28,7 @@ def refused(capsys, argv, cls=TransferSettings):
 
 
 def test_the_command_line_wins_over_the_environment_and_that_over_the_file(file, monkeypatch):
-    settings = file({"limits": {"row_seconds": 1, "max_frames": 11}, "transfer": {"batch_rows": 7}})
+    settings = file({"limits": {"row_seconds": 1, "max_frames": 11, "max_pixels": 1}, "transfer": {"batch_rows": 7}})
     monkeypatch.setenv("VMT_LIMITS__ROW_SECONDS", "2")
     monkeypatch.setenv("VMT_LIMITS__MAX_PIXELS", "12")
     loaded = cli.load(TransferSettings, [*NEEDED, *settings, "--limits.row-seconds", "3"])

@@ -104,7 +104,7 @@ def encoded(path, codec, pixels, *, times=range(20), last=1, size=(32, 32), opti
         stream.codec_context.time_base = Fraction(1, 10)
         packets = []
         for number, time in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 10 * number + 5, np.uint8), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 10 * (number % 25) + 5, np.uint8), format="rgb24")
             frame.pts, frame.time_base = time, Fraction(1, 10)
             packets += stream.encode(frame)
         packets += stream.encode(None)

@@ -9,7 +9,7 @@ import torch
 from diffusers import WanPipeline
 
 from vmt_core import Backbone
-from vmt_core.backbone import nano, wan
+from vmt_core.backbone import nano, weights
 from vmt_core.world.clips import render
 
 
@@ -86,20 +86,20 @@ def test_image_to_video_models_are_refused(copy, change):
 
 
 def test_pickled_weights_are_not_read(copy):
-    (weights,) = (copy / "vae").glob("*.safetensors")
-    torch.save({}, weights.with_suffix(".bin"))
-    weights.unlink()
+    (file,) = (copy / "vae").glob("*.safetensors")
+    torch.save({}, file.with_suffix(".bin"))
+    file.unlink()
     with pytest.raises(OSError, match="safetensors"):
         Backbone.load(str(copy), parts=("vae",))
 
 
 def test_the_revision_follows_the_bytes_and_not_the_dates(copy, folder):
-    before = wan.revision(folder)
-    assert wan.revision(copy) == before
-    (weights,) = (copy / "transformer").glob("*.safetensors")
-    os.utime(weights, (0, 0))
-    assert wan.revision(copy) == before
-    content = bytearray(weights.read_bytes())
+    before = weights.revision(folder)
+    assert weights.revision(copy) == before
+    (file,) = (copy / "transformer").glob("*.safetensors")
+    os.utime(file, (0, 0))
+    assert weights.revision(copy) == before
+    content = bytearray(file.read_bytes())
     content[-1] ^= 1
-    weights.write_bytes(content)
-    assert wan.revision(copy) != before
+    file.write_bytes(content)
+    assert weights.revision(copy) != before

@@ -10,11 +10,12 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 NAME = "wan-nano"
 NOTICE = (
@@ -47,6 +48,9 @@ def build(path: Path, *, layers: int = 8, heads: int = 4, head_dim: int = 48, se
 
     The VAE has Wan's compression (8x8 space, 4x time, 16 channels), the transformer Wan's patch (1, 2, 2).
     """
+    from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
+    from transformers import UMT5Config, UMT5EncoderModel
+
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         vae = AutoencoderKLWan(
@@ -93,6 +97,9 @@ def build(path: Path, *, layers: int = 8, heads: int = 4, head_dim: int = 48, se
 
 def _tokenizer() -> PreTrainedTokenizerFast:
     """A character tokenizer with T5's special tokens and its trailing end-of-sequence."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
     vocabulary = {token: index for index, token in enumerate(["<pad>", "</s>", "<unk>", *_CHARACTERS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     tokenizer.normalizer = normalizers.Lowercase()

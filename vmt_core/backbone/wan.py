@@ -7,7 +7,6 @@ diffusers layout; safetensors only. The VAE runs in fp32, the transformer and th
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,14 +18,14 @@ from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from vmt_core.backbone import nano, taps
+from vmt_core.backbone import taps
 from vmt_core.backbone.geometry import Geometry, Tap
+from vmt_core.backbone.weights import locate
 from vmt_core.shapes import Frames, LatentBatch, Latents, Text, TextBatch
 
 Part = Literal["transformer", "vae", "text"]
 ALL_PARTS: tuple[Part, ...] = ("transformer", "vae", "text")
 TEXT_LENGTH = 512  # tokens; Wan 2.1 was trained on zero-padded captions of this length
-_WEIGHTS = ["*.json", "*.safetensors", "*.model", "*.txt"]  # never a pickle
 
 
 @dataclass
@@ -154,47 +153,3 @@ class Backbone:
             for values in (config.latents_mean, config.latents_std)
         )
         return mean, std
-
-
-def locate(model: str) -> Path:
-    """The local folder of a model: `wan-nano`, a folder, or a hub id (from the cache, else downloaded).
-
-    Raises:
-        FileNotFoundError: neither; says what was tried.
-    """
-    if model == nano.NAME:
-        return nano.folder()
-    path = Path(model).expanduser()
-    if path.is_dir():
-        if not (path / "model_index.json").is_file():
-            raise FileNotFoundError(f"{path}: no model_index.json, so no model in diffusers layout")
-        return path
-    if model.count("/") != 1 or model.startswith((".", "/", "~")):
-        raise FileNotFoundError(f"{model}: no such folder (use wan-nano, a folder in diffusers layout, or a hub id)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(model, allow_patterns=_WEIGHTS))
-    except Exception as error:
-        raise FileNotFoundError(f"{model}: not a local folder, and the hub did not give it: {error}") from error
-
-
-def revision(path: Path) -> str:
-    """Identity of the weights in a folder: 16 hex digits over every file's name, size and content.
-
-    Files over 64 MiB count with 64 evenly spaced samples of 1 MiB, so that 28 GB take seconds.
-    """
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        if file.suffix not in {".json", ".safetensors", ".model", ".txt"}:
-            continue
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(path).as_posix()}\0{size}\0".encode())
-        with file.open("rb") as stream:
-            if size <= 64 << 20:
-                digest.update(stream.read())
-                continue
-            for sample in range(64):
-                stream.seek((size - (1 << 20)) * sample // 63)
-                digest.update(stream.read(1 << 20))
-    return digest.hexdigest()[:16]
