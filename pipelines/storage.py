@@ -22,6 +22,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
 import pyarrow.fs as pafs
+import s3fs
+from botocore.handlers import add_expect_header
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
 
@@ -259,12 +261,19 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *parts])
 
 
+class _S3FileSystem(s3fs.S3FileSystem):
+    """Sends bodies without asking first: aiohttp waits for `100 Continue` without a timeout, so a silent server hangs it."""
+
+    async def set_session(self, *args: Any, **kwargs: Any) -> Any:
+        client = await super().set_session(*args, **kwargs)
+        client.meta.events.unregister("before-call.s3", add_expect_header)
+        return client
+
+
 @functools.lru_cache(maxsize=8)
 def _s3(settings: StorageSettings, tries: int) -> AbstractFileSystem:
     """A connection of this process; listings are never cached, since other processes write too."""
-    import s3fs
-
-    fs = s3fs.S3FileSystem(
+    fs = _S3FileSystem(
         profile=settings.profile,
         endpoint_url=settings.endpoint_url,
         client_kwargs={"region_name": settings.region} if settings.region else {},

@@ -29,6 +29,8 @@ def load(cls: type[S], argv: list[str] | None = None) -> S:
     show = "--print-settings" in argv
     argv = [word for word in argv if word != "--print-settings"]
     argv, path = _take_option(argv, "--settings")
+    if _take_option(argv, "--settings")[1] is not None:
+        fail("--settings: only one file")
     argv = [_kebab(word) for word in argv]
     job: Any = type(cls.__name__, (cls,), {"__doc__": _usage(cls), "__module__": cls.__module__})
     if path is not None:

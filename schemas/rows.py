@@ -38,7 +38,9 @@ class Reference(Row):
     end_frame: int | None = Field(
         default=None, ge=1, description="one past the last frame that counts; empty: to the end"
     )
-    fps: float | None = Field(default=None, gt=0, description="frames per second to sample at; empty: as the file has")
+    fps: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False, description="frames per second to sample at; empty: as the file has"
+    )
     caption: str | None = Field(default=None, description="what the clip shows")
     category: str | None = Field(default=None, description="kind of motion, for tables and filters")
     licence: str | None = Field(default=None, description="licence of the clip, carried through to the result")

@@ -165,7 +165,7 @@ class PlanSettings(JobSettings):
         default=None, description="4k+1, fewer for shorter clips; empty: the model's own"
     )
     fps: PositiveFloat | None = Field(
-        default=None, description="sample references at this rate; empty: as each file has"
+        default=None, allow_inf_nan=False, description="sample references at this rate; empty: as each file has"
     )
     steps: PositiveInt | None = Field(default=None, description="denoising steps; empty: the model's own")
     shift: PositiveFloat | None = Field(default=None, description="flow-matching shift; empty: the model's own")

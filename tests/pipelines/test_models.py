@@ -108,6 +108,13 @@ def test_every_file_of_a_model_counts_for_its_revision(prefix, name):
     assert models.revision(prefix, Storage()) != before
 
 
+def test_the_names_of_the_files_count_for_the_revision(prefix):
+    before = models.revision(prefix, Storage())
+    Storage().delete(f"{prefix}/vae/w.safetensors")
+    Storage().write(f"{prefix}/vae/x.safetensors", FILES["vae/w.safetensors"])
+    assert models.revision(prefix, Storage()) != before
+
+
 def test_the_revision_does_not_depend_on_the_place(prefix, bucket):
     for name, bytes_ in FILES.items():
         Storage().write(f"s3://{bucket}/copy/of/it/{name}", bytes_)

@@ -6,6 +6,8 @@ import hashlib
 import os
 import pickle
 import resource
+import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import Mock
 
@@ -14,6 +16,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
+from botocore.config import Config
 
 from pipelines import storage as module
 from pipelines.storage import Storage, StorageUnavailable, join, scheme, sha256, transient
@@ -116,7 +119,9 @@ def test_objects_are_found_below_a_prefix(storage, root):
 
 def test_a_new_object_is_seen_at_once(storage, root):
     assert not storage.exists(f"{root}/a")
+    assert storage.find(root) == []
     Storage().write(f"{root}/a", b"x")  # by another process, so to say
+    assert storage.find(root) == [f"{root}/a"]
     assert storage.exists(f"{root}/a")
     storage.delete(f"{root}/a")
     storage.delete(f"{root}/a")
@@ -177,17 +182,18 @@ def full_disk():
 
 
 WAYS = {
-    "write": lambda storage, local, uri: storage.write(uri, DATA),
+    "write": lambda storage, local, uri: storage.write(uri, local.read_bytes()),
     "put": lambda storage, local, uri: storage.put(local, uri),
-    "create": lambda storage, local, uri: storage.create(uri, DATA),
+    "create": lambda storage, local, uri: storage.create(uri, local.read_bytes()),
 }
 
 
 @pytest.mark.parametrize(
     ("way", "before"), [("write", []), ("put", []), ("create", []), ("write", [b"x"]), ("put", [b"x"])]
 )
-def test_a_write_that_breaks_leaves_what_was_there_before(storage, tmp_path, way, before):
-    (tmp_path / "up").write_bytes(DATA)
+@pytest.mark.parametrize("size", [2000, len(DATA)])
+def test_a_write_that_breaks_leaves_what_was_there_before(storage, tmp_path, way, before, size):
+    (tmp_path / "up").write_bytes(DATA[:size])
     out = tmp_path / "out"
     for content in before:
         storage.write(str(out / "v.mp4"), content)
@@ -215,7 +221,8 @@ def test_a_file_that_may_not_be_read_is_forbidden(storage, tmp_path, monkeypatch
 def stumbling(bucket, s3_server):
     """(rules -> storage behind a proxy with these faults, its proxy, the address of an object of DATA)."""
     uri = f"s3://{bucket}/v.mp4"
-    Storage().write(uri, DATA)
+    bare = Config(request_checksum_calculation="when_required")  # else clients catch corruption before we do
+    boto3.client("s3", endpoint_url=s3_server, config=bare).put_object(Bucket=bucket, Key="v.mp4", Body=DATA)
     with FaultProxy(s3_server) as proxy:
 
         def behind(*rules, **settings):
@@ -242,7 +249,9 @@ def stumbling(bucket, s3_server):
 def test_a_short_fault_of_a_download_is_not_noticed(stumbling, tmp_path, rule):
     behind, proxy, uri = stumbling
     storage = behind(rule, timeout_s=1 if rule.fault == "stall" else 10)
+    began = time.monotonic()
     storage.fetch(uri, tmp_path / "down", most_bytes=MUCH, digest=DIGEST)
+    assert time.monotonic() - began < 30  # a stall goes on for 60
     assert (tmp_path / "down").read_bytes() == DATA
     assert proxy.hits
 
@@ -381,6 +390,17 @@ def test_a_bucket_that_is_not_there_is_named(storage, s3_server):
     assert not storage.exists("s3://no-such-bucket/a")
 
 
+def test_what_another_process_makes_is_seen_at_once(storage, bucket, s3_server):
+    other = boto3.client("s3", endpoint_url=s3_server)
+    names = []
+    for name in ("a/1", "a/2"):
+        other.put_object(Bucket=bucket, Key=name, Body=b"x")
+        names.append(f"s3://{bucket}/{name}")
+        assert storage.find(f"s3://{bucket}/a") == storage.glob(f"s3://{bucket}/a/*") == names
+        assert storage.exists(names[-1])
+        assert len(storage.details(f"s3://{bucket}/a")) == len(names)
+
+
 def test_markers_of_folders_are_no_objects(storage, bucket, s3_server):
     boto3.client("s3", endpoint_url=s3_server).put_object(Bucket=bucket, Key="clips/", Body=b"")
     storage.write(f"s3://{bucket}/clips/a.mp4", b"x")
@@ -388,13 +408,42 @@ def test_markers_of_folders_are_no_objects(storage, bucket, s3_server):
     assert storage.details(f"s3://{bucket}/clips").keys() == {"a.mp4"}
 
 
-def test_tables_survive_short_faults_as_well(stumbling, bucket):
+@pytest.mark.parametrize(
+    "faults",
+    [
+        [Rule(method="PUT", status=503, count=1), Rule(method="GET", status=503, count=1)],
+        [Rule(method="PUT", status=500, code="InternalError", count=1), Rule(method="HEAD", status=503, count=1)],
+        [Rule(method="PUT", fault="drop_response", count=1), Rule(method="GET", fault="reset", at_byte=10, count=1)],
+        [
+            Rule(method="HEAD", fault="drop_response", count=1),
+            Rule(method="GET", fault="truncate", at_byte=10, count=1),
+        ],
+    ],
+    ids=lambda faults: "-".join(f"{rule.method}-{rule.fault}-{rule.status}" for rule in faults),
+)
+def test_tables_survive_short_faults_as_well(stumbling, bucket, faults):
     behind, proxy, _ = stumbling
-    faults = Rule(method="PUT", status=503, count=1), Rule(method="GET", status=503, count=1)
     filesystem, path = behind(*faults).arrow(f"s3://{bucket}/t.parquet")
+    filesystem = pickle.loads(pickle.dumps(filesystem))  # as the workers that write get it
     pq.write_table(pa.table({"x": [1]}), path, filesystem=filesystem)
     assert pq.read_table(path, filesystem=filesystem)["x"].to_pylist() == [1]
     assert len(proxy.hits) == 2
+
+
+def write_table(storage, local, uri):
+    filesystem, path = storage.arrow(uri)
+    pq.write_table(pa.table({"x": [1]}), path, filesystem=filesystem)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize("way", [*WAYS.values(), write_table], ids=[*WAYS, "arrow"])
+def test_an_upload_to_a_server_that_never_answers_is_given_up(s3_server, tmp_path, way):
+    (tmp_path / "up").write_bytes(DATA)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        storage = Storage(StorageSettings(endpoint_url=url, attempts=1, timeout_s=0.2))
+        with pytest.raises(Exception, match="Read timeout"):
+            way(storage, tmp_path / "up", "s3://bucket/a")
 
 
 def test_messages_hold_no_credentials(stumbling, tmp_path, monkeypatch):

@@ -188,6 +188,34 @@ def test_a_run_stalls_only_when_no_row_is_within_its_budget(tracker, world):
     assert tracker.snapshot()["stalled_s"] == 100
 
 
+@pytest.mark.parametrize(
+    "happens",
+    [
+        lambda tracker: tracker.admit("finish", ["b"]),
+        lambda tracker: tracker.begin("finish", ["b"], "n1", 0),
+        lambda tracker: tracker.end("transfer", ["a"], 1.0),
+        lambda tracker: tracker.finished([None]),
+    ],
+    ids=["admit", "begin", "end", "finished"],
+)
+def test_whatever_happens_ends_a_stall(tracker, world, happens):
+    crash(tracker, "a", budget=60)
+    world.now += 100
+    happens(tracker)
+    world.now += 5
+    assert tracker.snapshot()["stalled_s"] == 5
+
+
+def test_the_rows_that_run_longest_are_shown_and_work_is_timed_from_the_first(tracker, world):
+    world.now += 30  # models are loaded
+    for row in "abcdefg":
+        crash(tracker, row)
+        world.now += 1
+    now = tracker.snapshot()
+    assert now["running"] == [("transfer", row, 7.0 - n) for n, row in enumerate("abcde")]
+    assert now["working_s"] == 7
+
+
 def snapshot(**changes):
     return {"ok": 0, "failed": 0, "codes": {}, "running": [], "working_s": 0.0} | changes
 
@@ -244,7 +272,9 @@ def test_a_process_that_hangs_is_killed_at_its_deadline(work):
     assert seconds < 10
 
 
-@pytest.mark.parametrize("work", ["time.sleep(0.1); dog.disarm(); time.sleep(0.8)", "dog.arm(60); time.sleep(0.8)"])
+@pytest.mark.parametrize(
+    "work", ["time.sleep(0.1); dog.disarm(); time.sleep(0.8)", "time.sleep(0.1); dog.arm(60); time.sleep(0.8)"]
+)
 def test_work_that_ends_in_time_lives_on(work):
     assert run(work, 0.5)[:2] == (0, "survived\n")
 

@@ -78,6 +78,7 @@ def test_flags_that_others_build_on():
         (["--output", "o"], "manifest: required"),
         ([*NEEDED, "--settings", "nowhere.yaml"], "nowhere.yaml: No such file"),
         ([*NEEDED, "--settings"], "--settings: expected a file"),
+        ([*NEEDED, "--settings", "a.yaml", "--settings=b.yaml"], "--settings: only one file"),
     ],
 )
 def test_a_wrong_command_line_is_one_line_that_names_the_field(capsys, argv, line):
@@ -151,6 +152,7 @@ def test_printed_settings_are_the_ones_that_would_run_and_can_be_read_again(caps
     printed = capsys.readouterr().out
     expected = cli.load(cls, argv)
     assert yaml.safe_load(printed)["limits"].items() >= {"max_frames": 12, "max_pixels": 99}.items()
+    assert yaml.safe_load(printed) == expected.model_dump(mode="json")  # the defaults as well
     monkeypatch.delenv("VMT_LIMITS__MAX_FRAMES")
     assert cli.load(cls, file(printed.encode())) == expected
 

@@ -1,5 +1,6 @@
 """The rows that flow."""
 
+import re
 from typing import get_args
 
 import pyarrow as pa
@@ -54,7 +55,7 @@ def plain(**changes):
 def test_a_planned_row_is_valid_and_its_id_is_a_digest(values):
     row = ManifestRow.planned(**values)
     assert row.sample_id == sample_id(row.model_dump())
-    assert len(row.sample_id) == 32
+    assert re.fullmatch("[0-9a-f]{32}", row.sample_id)
 
 
 @given(VALUES, VALUES)
@@ -67,6 +68,12 @@ def test_the_id_changes_if_and_only_if_something_decisive_changes(one, other):
 def test_every_single_decisive_column_changes_the_id(values, data):
     name = data.draw(st.sampled_from(sorted(set(values) - NOT_DECISIVE)))
     assert sample_id(values) != sample_id(values | {name: "something else"})
+
+
+@given(VALUES, TEXT)
+def test_where_things_lie_and_what_they_are_called_does_not_change_the_id(values, text):
+    names = ["sample_id", "reference_uri", "model", "caption", "category", "licence"]
+    assert sample_id(values | dict.fromkeys(names, text)) == sample_id(values)
 
 
 @given(VALUES)
@@ -180,6 +187,12 @@ def test_rows_cannot_be_changed():
 def test_a_result_row_says_why_it_failed_or_where_its_video_is(end):
     with pytest.raises(ValidationError, match="needs"):
         ResultRow(**ManifestRow.planned(**plain()).model_dump(), **end)
+
+
+@pytest.mark.parametrize("fps", [0, -1, float("inf"), float("nan")])
+def test_a_reference_is_sampled_at_a_rate_that_can_be(fps):
+    with pytest.raises(ValidationError, match="fps"):
+        Reference(uri="a.mp4", fps=fps)
 
 
 def test_an_empty_frame_range_is_refused():

@@ -95,7 +95,8 @@ def test_pools_that_cannot_be_are_refused(values, message):
 
 
 @pytest.mark.parametrize(
-    "values", [{"seeds": "1,x"}, {"dtype": "float16"}, {"height": 0}, {"method_settings": {"a": 1}}]
+    "values",
+    [{"seeds": "1,x"}, {"dtype": "float16"}, {"height": 0}, {"fps": float("inf")}, {"method_settings": {"a": 1}}],
 )
 def test_wrong_values_are_refused(values):
     with pytest.raises(ValidationError, match=next(iter(values))):

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import WanPipeline
@@ -61,10 +62,49 @@ def test_parts_can_be_loaded_alone(folder):
     assert list(backbone.parts) == ["vae"]
 
 
-def test_wan_nano_is_a_plain_wan_pipeline():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_weights_are_frozen_and_only_the_vae_stays_in_fp32(folder, dtype):
+    parts = Backbone.load(str(folder), dtype=dtype).parts
+    for name, wanted in {"transformer": dtype, "text": dtype, "vae": torch.float32}.items():
+        assert not parts[name].training
+        assert not any(weight.requires_grad for weight in parts[name].parameters())
+        assert parts[name].dtype == wanted
+
+
+def test_wan_nano_is_a_plain_wan_pipeline_and_built_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     pipeline = WanPipeline.from_pretrained(nano.folder())
     assert pipeline.transformer.config.num_layers == 8
     assert pipeline.vae.config.scale_factor_spatial == 8
+    monkeypatch.setattr(nano, "build", None)
+    assert nano.folder().parent == tmp_path / "vmt"
+    assert [path.name for path in (tmp_path / "vmt").iterdir()] == [nano.folder().name]
+
+
+def test_a_built_model_follows_from_its_seed(folder, tmp_path):
+    torch.manual_seed(99)
+    state = torch.get_rng_state()
+    nano.build(tmp_path / "same", layers=3, heads=2, head_dim=24)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert weights.revision(tmp_path / "same") == weights.revision(folder)
+    nano.build(tmp_path / "other", layers=3, heads=2, head_dim=24, seed=1)
+    assert weights.revision(tmp_path / "other") != weights.revision(folder)
+
+
+def test_a_hub_id_is_fetched_without_pickles_and_a_failure_names_it(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda model, **kw: asked.append((model, kw)) or folder)
+    assert weights.locate("Wan-AI/Wan2.1") == folder
+    ((model, settings),) = asked
+    assert model == "Wan-AI/Wan2.1"
+    assert not any(pattern.endswith((".bin", ".pt", ".pth", ".ckpt", "*")) for pattern in settings["allow_patterns"])
+
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(FileNotFoundError, match=r"Wan-AI/Wan2\.1: not a local folder, .*no network"):
+        weights.locate("Wan-AI/Wan2.1")
 
 
 def test_no_such_folder(tmp_path):
@@ -85,12 +125,22 @@ def test_image_to_video_models_are_refused(copy, change):
         Backbone.load(str(copy), parts=("transformer",))
 
 
-def test_pickled_weights_are_not_read(copy):
-    (file,) = (copy / "vae").glob("*.safetensors")
+def test_wan_2_2_is_refused(copy):
+    (copy / "transformer_2").mkdir()
+    with pytest.raises(ValueError, match=r"not image-to-video or Wan 2\.2"):
+        Backbone.load(str(copy), parts=("transformer",))
+
+
+@pytest.mark.parametrize(
+    ("part", "subfolder"), [("vae", "vae"), ("transformer", "transformer"), ("text", "text_encoder")]
+)
+def test_pickled_weights_are_not_read(copy, part, subfolder):
+    (file,) = (copy / subfolder).glob("*.safetensors")
     torch.save({}, file.with_suffix(".bin"))
+    torch.save({}, file.with_name("pytorch_model.bin"))
     file.unlink()
     with pytest.raises(OSError, match="safetensors"):
-        Backbone.load(str(copy), parts=("vae",))
+        Backbone.load(str(copy), parts=(part,))
 
 
 def test_the_revision_follows_the_bytes_and_not_the_dates(copy, folder):
@@ -99,7 +149,28 @@ def test_the_revision_follows_the_bytes_and_not_the_dates(copy, folder):
     (file,) = (copy / "transformer").glob("*.safetensors")
     os.utime(file, (0, 0))
     assert weights.revision(copy) == before
+
+
+@pytest.mark.parametrize("subfolder", ["transformer", "vae", "text_encoder"])
+@pytest.mark.parametrize("place", [0.0, 0.37, 1.0])
+def test_the_revision_changes_with_any_byte_of_any_weights(copy, folder, subfolder, place):
+    (file,) = (copy / subfolder).glob("*.safetensors")
     content = bytearray(file.read_bytes())
-    content[-1] ^= 1
+    content[int(place * (len(content) - 1))] ^= 1
     file.write_bytes(content)
-    assert weights.revision(copy) != before
+    assert weights.revision(copy) != weights.revision(folder)
+
+
+def test_the_revision_of_large_files_counts_their_size_and_samples_from_end_to_end(tmp_path):
+    file = tmp_path / "weights.safetensors"
+    size = 256 << 20  # a hole on the disk
+
+    def revision(size, at):
+        with file.open("wb") as stream:
+            stream.truncate(size)
+            stream.seek(at)
+            stream.write(b"x")
+        return weights.revision(tmp_path)
+
+    places = [0, size // 63 * 31, size - 1]
+    assert len({revision(size, at) for at in places} | {revision(size + 1, 0)}) == 4

@@ -74,6 +74,31 @@ def test_a_gradient_that_is_not_finite_is_skipped_for_its_row_alone():
     assert [log.skipped for log in found] == [0, 3, 0]
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_row_whose_gradient_broke_moves_again_from_its_next_good_one(bad):
+    """Updates 0 and 1 are left out: what remains is a run of the last two."""
+    calls = []
+
+    def once(x):
+        calls.append(1)
+        return losses(x) + (bad if len(calls) == 1 else 0)  # an infinite loss, even with a finite gradient
+
+    rates = [0.01, 0.02, 0.03, 0.04]
+    found = logs()
+    edited = optimise(latents(), once, rates, 2, found)
+    assert torch.equal(edited, optimise(latents(), losses, rates[2:], 2, logs()))
+    assert [(log.evaluations, log.skipped) for log in found] == [(2, 1)] * 3
+
+
+def test_a_gradient_that_is_not_finite_though_its_loss_is_counts_as_skipped():
+    def corner(x):
+        return (x - x.detach()).abs().sqrt().sum((1, 2, 3, 4))  # 0, with an infinite slope
+
+    found = logs()
+    assert torch.equal(optimise(latents(), corner, [0.01], 1, found), latents())
+    assert [log.skipped for log in found] == [1, 1, 1]
+
+
 def test_a_row_does_not_see_its_neighbours():
     together = optimise(latents(), losses, [0.01] * 4, 2, logs())
     for index in range(3):

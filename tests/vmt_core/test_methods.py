@@ -1,5 +1,7 @@
 """The registry."""
 
+import json
+
 import pytest
 
 from vmt_core import METHODS
@@ -13,7 +15,22 @@ def test_a_method_is_made_again_from_its_own_settings(name, preset):
     method = METHODS[name](preset=preset)
     assert method.name == name
     assert METHODS[name](**method.settings()) == method
-    assert build(name, method.settings()) == method
+    assert build(name, json.loads(json.dumps(method.settings()))) == method  # as a manifest row holds them
+
+
+@pytest.mark.parametrize(
+    ("preset", "paths"),
+    [
+        ("default", {"guidance.level": "clean", "start.kind": "noise", "objective.block": 14, "guidance.inner": 10}),
+        ("paper", {"guidance.level": "step", "start.kind": "sdedit", "objective.drift": "absolute"}),
+        ("nano", {"objective.block": 5, "objective.window": 9, "guidance.level": "clean"}),
+    ],
+)
+def test_a_preset_of_fastvmt_is_what_it_says(preset, paths):
+    settings = METHODS["fastvmt"](preset=preset).settings()
+    for path, value in paths.items():
+        group, field = path.split(".")
+        assert settings[group][field] == value
 
 
 def test_single_settings_override_a_preset():
@@ -32,8 +49,13 @@ def test_objectives_say_where_they_read():
     ("name", "settings", "message"),
     [
         ("fastmvt", {}, "'fastmvt' is not one of ditflow, fastvmt, none"),
-        ("fastvmt", {"guidance": {"inner": 0}}, "inner"),
-        ("fastvmt", {"guidance": {"iner": 5}}, "iner"),
+        ("fastvmt", {"guidance": {"inner": 0}}, "method fastvmt: inner: .*greater than or equal to 1"),
+        ("fastvmt", {"guidance": {"span": "half", "inner": 0}}, "span: .*; inner: "),
+        ("fastvmt", {"guidance": {"iner": 5}}, "method fastvmt: iner: "),
+        ("fastvmt", {"goals": {}}, "method fastvmt: .*goals"),
+        ("ditflow", {"objective": {"window": 9}}, "method ditflow: window: "),
+        ("none", {"start": {"strength": 0}}, "method none: strength: "),
+        ("none", {"start": {"kind": "reference"}}, "method none: kind: .*'noise' or 'sdedit'"),
         ("fastvmt", {"objective": {"window": 4}}, "window=4 has no centre"),
         ("none", {"guidance": {}}, "guidance"),
         ("ditflow", {"preset": "best"}, "'best' is not one of default, paper, nano"),

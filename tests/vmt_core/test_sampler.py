@@ -36,7 +36,8 @@ def test_a_strength_outside_0_to_1_is_refused(strength):
         Schedule.shifted(10, 3.0, strength)
 
 
-def test_an_edit_of_the_latents_survives_the_scheduler_wholly():
+@pytest.mark.parametrize("at", [0, 2, 5])
+def test_an_edit_of_the_latents_survives_the_scheduler_wholly(at):
     schedule = Schedule.shifted(6, 3.0)
     bump = latents(1)
 
@@ -45,8 +46,27 @@ def test_an_edit_of_the_latents_survives_the_scheduler_wholly():
             lambda x, t, text: torch.ones_like(x), latents(), schedule, TEXT, TEXT, guidance_scale=1, edit=edit
         )
 
-    edited = run(lambda step, x: x + bump if step == 2 else x)
+    edited = run(lambda step, x: x + bump if step == at else x)
     assert torch.allclose(edited - run(), bump, atol=1e-6)
+
+
+def test_every_step_is_eulers_and_every_edit_comes_before_it():
+    schedule = Schedule.shifted(4, 3.0, 0.8)
+    seen = []
+
+    def edit(step, x):
+        seen.append((step, x))
+        return x + step
+
+    found = sample(linear, latents(), schedule, TEXT, TEXT, guidance_scale=1, edit=edit)
+    x = latents()
+    for step, (sigma, after) in enumerate(zip(schedule.sigmas[:-1], schedule.sigmas[1:], strict=True)):
+        assert seen[step][0] == step
+        assert torch.equal(seen[step][1], x)
+        x = x + step
+        x = x + (after - sigma) * linear(x, (1000 * sigma).expand(2), TEXT)
+    assert torch.equal(found, x)
+    assert found.dtype == torch.float32
 
 
 def test_noise_follows_from_the_seed_alone():
@@ -62,6 +82,7 @@ def test_noised_is_the_flow_matching_path():
     clean, eps = latents(0), latents(1)
     assert torch.equal(noised(clean, eps, 0.0), clean)
     assert torch.equal(noised(clean, eps, 1.0), eps)
+    assert torch.allclose(noised(clean, eps, 0.3), 0.7 * clean + 0.3 * eps)
 
 
 def test_one_forward_of_twice_the_batch_gives_what_two_forwards_give():

@@ -4,6 +4,7 @@ import pytest
 import torch
 from diffusers.models.transformers import transformer_wan
 
+from vmt_core import Backbone
 from vmt_core.backbone import taps
 from vmt_core.backbone.geometry import Geometry, Tap
 
@@ -42,6 +43,18 @@ def test_q_and_k_are_those_of_a_full_forward_bit_for_bit(backbone, block, monkey
     assert query.shape == (2, 3, 12, 2, 24)
     assert torch.equal(query.flatten(1, 2), full[0])
     assert torch.equal(key.flatten(1, 2), full[1])
+
+
+@torch.no_grad()
+def test_fused_projections_give_the_same_q_and_k(folder):
+    backbone = Backbone.load(str(folder), parts=("transformer", "text"), dtype=torch.float32)
+    latents, timestep, text = inputs(backbone)
+    apart = backbone.features(latents, timestep, text, (Tap(1, "qk"),))[Tap(1, "qk")]
+    for block in backbone.transformer.blocks:
+        block.attn1.fuse_projections()
+        del block.attn1.to_q, block.attn1.to_k, block.attn1.to_v
+    fused = backbone.features(latents, timestep, text, (Tap(1, "qk"),))[Tap(1, "qk")]
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(apart, fused, strict=True))
 
 
 @torch.no_grad()
@@ -88,6 +101,11 @@ def gradient(backbone, policy):
     query, key = found[Tap(2, "qk")]
     loss = (query.float() * key.float()).sum() + found[Tap(1, "hidden")].float().square().sum()
     return torch.autograd.grad(loss, latents)[0]
+
+
+def test_the_gradient_goes_to_the_latents_and_to_no_weight(tiny):
+    assert gradient(tiny, "selective").shape == LATENT
+    assert all(weight.grad is None and not weight.requires_grad for weight in tiny.transformer.parameters())
 
 
 @pytest.mark.parametrize("policy", ["selective", "full"])

@@ -66,10 +66,13 @@ def test_captions_are_those_of_diffusers(tiny, folder):
 
 
 @pytest.mark.parametrize(("backbone", "tolerance"), [("tiny_bf16", 0.0), ("tiny", 1e-4)])
-def test_a_row_is_the_same_alone_and_in_a_batch(request, backbone, tolerance, name):
+@pytest.mark.parametrize(
+    ("name", "preset"), [("none", "default"), ("fastvmt", "default"), ("ditflow", "default"), ("fastvmt", "paper")]
+)
+def test_a_row_is_the_same_alone_and_in_a_batch(request, backbone, tolerance, name, preset):
     """Bit for bit in bf16; in fp32 the matrix products of this CPU depend on the batch in their last bits."""
     backbone = request.getfixturevalue(backbone)
-    transfer = MotionTransfer(backbone, method(name), SAMPLING)
+    transfer = MotionTransfer(backbone, method(name, preset=preset), SAMPLING)
     artifacts = [transfer.prepare(clip(seed)) for seed in range(4)]
     texts = [backbone.caption(text) for text in ("a", "a red ball", "a star at night", "")]
     negative = [backbone.caption("")] * 4
@@ -77,6 +80,37 @@ def test_a_row_is_the_same_alone_and_in_a_batch(request, backbone, tolerance, na
     for index in range(4):
         alone = transfer.denoise([artifacts[index]], [texts[index]], negative[:1], [index + 1])
         assert (alone.latents[0] - batch.latents[index]).abs().max() <= tolerance
+
+
+def test_latents_come_out_the_same_twice(tiny, name):
+    transfer = MotionTransfer(tiny, method(name), SAMPLING)
+    artifact = transfer.prepare(clip())
+    rows = [artifact] * 2, [tiny.caption("a")] * 2, [tiny.caption("")] * 2, [3, 4]
+    first = transfer.denoise(*rows).latents
+    assert torch.equal(first, transfer.denoise(*rows).latents)
+    assert not torch.equal(first[0], first[1])
+    assert first.dtype == torch.float32
+
+
+def test_one_forward_for_both_halves_of_cfg_gives_the_latents_of_two(tiny):
+    artifact = Artifact(torch.zeros(16, 3, 6, 8), tiny.caption(""))
+    two, one = (
+        MotionTransfer(tiny, METHODS["none"](), Sampling(4, 3.0, 4.0, cfg))
+        .denoise([artifact] * 2, [tiny.caption("a"), tiny.caption("b")], [tiny.caption("")] * 2, [0, 1])
+        .latents
+        for cfg in ("two_pass", "batched")
+    )
+    assert torch.allclose(two, one, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_denoiser_calls_are_those_of_the_model(tiny, monkeypatch, scale):
+    calls = []
+    velocity = type(tiny).velocity
+    monkeypatch.setattr(type(tiny), "velocity", lambda *args: calls.append(1) or velocity(*args))
+    transfer = MotionTransfer(tiny, method("fastvmt"), Sampling(4, 3.0, scale))
+    denoised = transfer.denoise([transfer.prepare(clip())], [tiny.caption("a")], [tiny.caption("")], [0])
+    assert denoised.denoiser_calls == len(calls)
 
 
 def test_videos_come_prompt_by_prompt_each_with_every_seed(tiny_bf16, name):
@@ -99,16 +133,31 @@ def test_guidance_lowers_its_loss(tiny, kind):
     (log,) = denoised.logs
     inner = transfer.method.guidance.inner
     assert log.losses[inner - 1] < log.losses[0]  # within the first guided step
+    assert log.losses[-1] < log.losses[0]
+    assert log.skipped == 0
     assert log.evaluations == transfer.method.guidance.evaluations(4) == len(log.losses)
     plain = MotionTransfer(tiny, METHODS["none"](), SAMPLING).denoise([artifact], [caption], [tiny.caption("")], [0])
     assert not torch.equal(plain.latents, denoised.latents)
 
 
-def test_a_reference_at_the_steps_own_noise_level(tiny):
+def test_a_reference_at_the_steps_own_noise_level_is_read_anew_at_every_guided_step(tiny, monkeypatch):
     transfer = MotionTransfer(tiny, method("fastvmt", guidance={"level": "step", "span": 0.5}), SAMPLING)
     artifact = transfer.prepare(clip())
-    assert artifact.motion == {}  # read anew at every guided step
-    assert len(transfer.transfer(artifact, ["a red ball"], seeds=[0])) == 1
+    assert artifact.motion == {}
+    read = []
+    motion = MotionTransfer._motion
+
+    def spy(self, guidance, latents, *, sigma, empty):
+        read.append((sigma, latents))
+        return motion(self, guidance, latents, sigma=sigma, empty=empty)
+
+    monkeypatch.setattr(MotionTransfer, "_motion", spy)
+    (log,) = transfer.denoise([artifact], [tiny.caption("a")], [tiny.caption("")], [5]).logs
+    assert [sigma for sigma, _ in read] == transfer.schedule.sigmas[:2].tolist()
+    eps = noise(5, artifact.latents.shape, draws=2)[1]  # not the noise that sampling starts from
+    for sigma, latents in read:
+        assert torch.allclose(latents, (1 - sigma) * artifact.latents + sigma * eps, atol=1e-6)
+    assert all(loss > 0 for loss in log.losses)
 
 
 def test_sdedit_starts_from_the_noised_reference(tiny):
@@ -116,6 +165,16 @@ def test_sdedit_starts_from_the_noised_reference(tiny):
     artifact = transfer.prepare(clip())
     latents = transfer.denoise([artifact], [tiny.caption("")], [tiny.caption("")], [0]).latents[0]
     assert (latents - artifact.latents).abs().mean() < 0.1  # hardly any noise was put in
+    noisy = MotionTransfer(tiny, METHODS["none"](), Sampling(4, 3.0, 1.0))
+    latents = noisy.denoise([artifact], [tiny.caption("")], [tiny.caption("")], [0]).latents[0]
+    assert (latents - artifact.latents).abs().mean() > 0.5
+
+
+def test_a_reference_has_no_influence_on_plain_sampling_from_noise(tiny):
+    transfer = MotionTransfer(tiny, METHODS["none"](), SAMPLING)
+    artifacts = [transfer.prepare(clip(seed)) for seed in (0, 1)]
+    one, other = (transfer.denoise([a], [tiny.caption("a")], [tiny.caption("")], [0]).latents for a in artifacts)
+    assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("kind", ["fastvmt", "ditflow", "none"])

@@ -35,7 +35,7 @@ def test_what_is_written_is_what_is_read(tmp_path, fps):
     video.write(tmp_path / "v.mp4", frames, fps)
     info = video.probe(tmp_path / "v.mp4", LIMITS)
     assert (info.width, info.height, info.frames, info.codec) == (160, 96, 17, "h264")
-    assert info.fps == pytest.approx(fps, abs=1e-3)
+    assert info.fps == pytest.approx(fps, rel=1e-12)
     back = video.read(tmp_path / "v.mp4", height=96, width=160, frames=17, fps=info.fps)
     error = (back.float() - frames.float()).square().mean()
     assert 10 * torch.log10(255**2 / error) > 30  # dB; yuv420p halves the colours

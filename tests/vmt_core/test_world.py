@@ -30,4 +30,6 @@ def test_the_clips_of_the_demo_are_playable(tmp_path):
     subprocess.run([sys.executable, "-m", "vmt_core.world", tmp_path], check=True)
     files = sorted(tmp_path.glob("*.mp4"))
     assert [file.stem for file in files] == sorted(MOTIONS)
-    assert all(video.probe(file, LimitSettings()).frames == 17 for file in files)
+    for file in files:
+        assert video.probe(file, LimitSettings()).fps == 12
+        video.verify(file, frames=17, height=192, width=192)
