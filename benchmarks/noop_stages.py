@@ -24,12 +24,7 @@ class Transfer(Encode):
 
 class Finish(LastStage):
     name = "finish"
-
-    def setup(self) -> None:
-        pass
-
-    def groups(self, rows: list[Row]) -> list[list[Row]]:
-        return [rows] if rows else []
+    setup, groups = Encode.setup, Encode.groups
 
     def work(self, rows: list[Row], *, smaller: bool) -> list[Outcome]:
         return [{"video_uri": "none"} for _ in rows]
