@@ -15,6 +15,7 @@ import os
 import random
 import re
 import shutil
+import socket
 import time
 import uuid
 from collections.abc import Callable
@@ -261,6 +262,14 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *parts])
 
 
+def _socket(timeout_s: float, address: tuple[Any, ...]) -> socket.socket:
+    """A socket that breaks when what was sent is not taken for so long: aiohttp has no timeout while it sends."""
+    made = socket.socket(*address[:3])
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * timeout_s))
+    return made
+
+
 class _S3FileSystem(s3fs.S3FileSystem):
     """Sends bodies without asking first: aiohttp waits for `100 Continue` without a timeout, so a silent server hangs it."""
 
@@ -280,6 +289,7 @@ def _s3(settings: StorageSettings, tries: int) -> AbstractFileSystem:
         config_kwargs={
             "connect_timeout": min(10, settings.timeout_s),
             "read_timeout": settings.timeout_s,
+            "connector_args": {"socket_factory": functools.partial(_socket, settings.timeout_s)},
             "retries": {"total_max_attempts": tries, "mode": "standard"},
         },
         use_listings_cache=False,

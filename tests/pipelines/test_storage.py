@@ -446,6 +446,15 @@ def test_an_upload_to_a_server_that_never_answers_is_given_up(s3_server, tmp_pat
             way(storage, tmp_path / "up", "s3://bucket/a")
 
 
+@pytest.mark.timeout(30)
+def test_an_upload_to_a_server_that_stops_reading_is_given_up(s3_server):
+    with socket.create_server(("127.0.0.1", 0)) as full:
+        url = f"http://127.0.0.1:{full.getsockname()[1]}"
+        storage = Storage(StorageSettings(endpoint_url=url, attempts=1, timeout_s=0.2))
+        with pytest.raises(StorageUnavailable):
+            storage.write("s3://bucket/a", bytes(16 * 2**20))  # more than the sockets hold
+
+
 def test_messages_hold_no_credentials(stumbling, tmp_path, monkeypatch):
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hush-hush")
     behind, _, uri = stumbling
