@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.data import DataContext
 
 from schemas import RaySettings, StageSettings
 
@@ -78,6 +79,16 @@ def _native_stderr_closed() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def quiet_data() -> DataContext:
+    """This driver's Ray Data settings, with its bars and its story (which stays in Ray's log files) off the terminal."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    for handler in logging.getLogger("ray.data").handlers:
+        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+            handler.setLevel(logging.ERROR)
+    return context
 
 
 def wait_for(needed: Mapping[str, float], seconds: float) -> None:

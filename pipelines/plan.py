@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import difflib
 import io
 import json
 import tempfile
@@ -13,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
+import pyarrow.dataset as ds
 from pydantic import ValidationError
 
 from pipelines import manifest, models
-from pipelines.storage import Storage, join, scheme
+from pipelines.storage import Storage, absolute, join, scheme
 from schemas import ErrorCode, ManifestRow, PlanSettings, Reference, RowError, UsageError
 from vmt_core import flops, video
 from vmt_core.backbone import nano
@@ -113,6 +114,8 @@ def references(storage: Storage, uri: str) -> list[Reference]:
         return _table(storage, uri)
     pattern = any(character in uri for character in "*?[")
     names = storage.glob(uri) if pattern else storage.find(uri)
+    if not pattern and any(name.endswith(".parquet") for name in names):
+        return _table(storage, join(uri, "references") if f"{uri.rstrip('/')}/references/" in "\n".join(names) else uri)
     names = [name for name in names if Path(name).suffix.lower() in video.SUFFIXES]
     if not names:
         raise UsageError(f"--references {uri}: no video there ({' '.join(sorted(video.SUFFIXES))})")
@@ -145,9 +148,8 @@ def _table(storage: Storage, uri: str) -> list[Reference]:
 
 
 def _lines(storage: Storage, uri: str) -> Iterable[dict[str, Any]]:
-    if uri.endswith(".parquet"):
-        filesystem, path = storage.arrow(uri)
-        yield from pq.ParquetFile(path, filesystem=filesystem).read().to_pylist()
+    if not uri.endswith((".csv", ".jsonl")):
+        yield from _parquet(storage, uri)
         return
     text = storage.read(uri).decode("utf-8-sig")
     if uri.endswith(".csv"):
@@ -159,6 +161,19 @@ def _lines(storage: Storage, uri: str) -> Iterable[dict[str, Any]]:
                 yield json.loads(line)
             except ValueError as error:
                 raise ValueError(f"line {number}: not JSON: {error}") from error
+
+
+def _parquet(storage: Storage, uri: str) -> Iterable[dict[str, Any]]:
+    """Rows of a Parquet file or of a dataset partitioned by folders; columns that say nothing of a reference are left out."""
+    filesystem, path = storage.arrow(uri)
+    data = ds.dataset(path, filesystem=filesystem, partitioning="hive", format="parquet")
+    known = list(Reference.model_fields)
+    for name in data.schema.names:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        if name not in known and near and near[0] not in data.schema.names:
+            raise ValueError(f"column {name!r}: did you mean {near[0]!r}?")
+    for batch in data.to_batches(columns=[name for name in known if name in data.schema.names]):
+        yield from batch.to_pylist()
 
 
 def _prompts(storage: Storage, uri: str) -> list[str]:
@@ -254,7 +269,7 @@ def _row(
     try:
         return ManifestRow.planned(
             **common,
-            reference_uri=_absolute(reference.uri),
+            reference_uri=absolute(reference.uri),
             reference_digest=clip.digest,
             start_frame=reference.start_frame,
             end_frame=reference.end_frame,
@@ -273,10 +288,6 @@ def _row(
     except ValidationError as error:
         first = error.errors()[0]
         raise UsageError(f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r:.60})") from error
-
-
-def _absolute(uri: str) -> str:
-    return str(Path(uri.removeprefix("file://")).expanduser().absolute()) if scheme(uri) == "file" else uri
 
 
 def _no_duplicates(rows: list[ManifestRow]) -> None:

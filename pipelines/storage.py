@@ -262,6 +262,11 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([uri.rstrip("/"), *parts])
 
 
+def absolute(uri: str) -> str:
+    """A URI that means the same wherever it is read: local paths become absolute."""
+    return str(Path(uri.removeprefix("file://")).expanduser().absolute()) if scheme(uri) == "file" else uri
+
+
 def _socket(timeout_s: float, address: tuple[Any, ...]) -> socket.socket:
     """A socket that breaks when what was sent is not taken for so long: aiohttp has no timeout while it sends."""
     made = socket.socket(*address[:3])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import logging
 import threading
 import time
 import uuid
@@ -15,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import ray
-from ray.data import ActorPoolStrategy, DataContext, Dataset
+from ray.data import ActorPoolStrategy, Dataset
 from ray.data.checkpoint import CheckpointConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -205,7 +204,7 @@ def _execute(
 
 def _configure(settings: TransferSettings, storage: Storage, ledger: Ledger) -> None:
     """Ray Data's own switches: resume by the checkpoint, no silent dropping, no stacks of progress bars."""
-    context = DataContext.get_current()
+    context = cluster.quiet_data()
     filesystem, path = storage.arrow(ledger.checkpoint)
     context.checkpoint_config = CheckpointConfig(
         id_column=ID, checkpoint_path=path, override_filesystem=filesystem, delete_checkpoint_on_success=False
@@ -213,10 +212,6 @@ def _configure(settings: TransferSettings, storage: Storage, ledger: Ledger) -> 
     context.max_errored_blocks = 0
     context.max_consecutive_actor_init_deaths = 2
     context.execution_no_progress_timeout_s = 10 * (settings.limits.row_seconds + settings.ray.stall_s)  # ours is first
-    context.enable_progress_bars = False
-    for handler in logging.getLogger("ray.data").handlers:
-        if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
-            handler.setLevel(logging.ERROR)  # the whole story stays in Ray's log files
     context.retried_io_errors = [*context.retried_io_errors, *_RETRIED]
     context.write_file_retry_on_errors = [*context.write_file_retry_on_errors, *_RETRIED]
 

@@ -7,13 +7,15 @@
 """
 
 from schemas.errors import ErrorCode, RowError, UsageError
-from schemas.rows import ManifestRow, Reference, ResultRow, Row, sample_id
+from schemas.rows import ManifestRow, Reference, ResultRow, Row, WorldClip, sample_id
 from schemas.settings import (
     LimitSettings,
     PlanSettings,
+    PretrainSettings,
     RaySettings,
     StageSettings,
     StorageSettings,
+    SynthesizeSettings,
     TransferSettings,
 )
 
@@ -22,6 +24,7 @@ __all__ = [
     "LimitSettings",
     "ManifestRow",
     "PlanSettings",
+    "PretrainSettings",
     "RaySettings",
     "Reference",
     "ResultRow",
@@ -29,7 +32,9 @@ __all__ = [
     "RowError",
     "StageSettings",
     "StorageSettings",
+    "SynthesizeSettings",
     "TransferSettings",
     "UsageError",
+    "WorldClip",
     "sample_id",
 ]

@@ -52,6 +52,22 @@ class Reference(Row):
         return self
 
 
+class WorldClip(Reference):
+    """A procedural clip that was made. A valid reference; what it shows follows from `scene` alone."""
+
+    clip_id: str = Field(description="digest of the scene")
+    seed: int = Field(description="what the scene was sampled from")
+    split: Literal["train", "val", "test"]
+    motion: str = Field(description="kind of motion within the category")
+    motion_caption: str = Field(description="how it moves, in words; `caption` says only what is seen")
+    scene: str = Field(description="JSON of vmt_core.world.Scene")
+    height: int
+    width: int
+    frames: int
+    video_bytes: int
+    video_sha256: str
+
+
 class ManifestRow(Row):
     """One video to make. `sample_id` is the digest of all that decides the video (see `decides`)."""
 

@@ -202,3 +202,56 @@ class TransferSettings(JobSettings):
     ray: RaySettings = RaySettings()
     progress_s: PositiveFloat = Field(default=5, description="seconds between progress lines")
     stages: str = Field(default="pipelines.stages", description="module of the stage actors; benchmarks replace it")
+
+
+class SynthesizeSettings(JobSettings):
+    """Procedural clips with exact tracks -> a dataset of videos and Parquet rows. Run it again to make only what is missing."""
+
+    count: PositiveInt = Field(description="clips in all")
+    output: str = Field(description="folder or prefix for videos/, references/ and run/")
+    seed: int = Field(default=0, ge=0, lt=2**60, description="the first clip's; each clip has the next one")
+    split: Literal["all", "train", "val", "test"] = Field(
+        default="all", description="only seeds of this split (18, 1 and 1 of every 20 seeds)"
+    )
+    categories: CommaStrings = Field(
+        default=("camera", "single", "multiple", "articulated"), description="kinds of motion, in turn"
+    )
+    height: PositiveInt = Field(default=192, ge=16, le=2048, description="pixels, even")
+    width: PositiveInt = Field(default=192, ge=16, le=2048, description="pixels, even")
+    frames: PositiveInt = Field(default=17, le=1025, description="of each clip; models want 4k+1")
+    fps: PositiveFloat = Field(default=12.0, le=240, allow_inf_nan=False, description="frames per second")
+    track_spacing: PositiveInt = Field(default=12, description="pixels between the points that are tracked")
+    rows_per_block: PositiveInt = Field(default=100, description="clips that are committed together")
+    render: StageSettings = StageSettings(actors=2)
+    video: VideoSettings = VideoSettings(preset="veryfast")
+    storage: StorageSettings = StorageSettings()
+    ray: RaySettings = RaySettings()
+    progress_s: PositiveFloat = Field(default=5, description="seconds between progress lines")
+
+    @model_validator(mode="after")
+    def _videos_are_even(self) -> Self:
+        for name in ("height", "width"):
+            if getattr(self, name) % 2:
+                raise ValueError(f"{name}={getattr(self, name)} is odd, H.264 videos are even; use {getattr(self, name) + 1}")
+        return self
+
+
+class PretrainSettings(JobSettings):
+    """Trains wan-nano, first its autoencoder, then its transformer, from the procedural world. Run again with --resume to go on."""
+
+    stage: Literal["vae", "dit", "export"] = Field(
+        description="vae first, then dit, then export: the trained parts as a model folder"
+    )
+    output: str = Field(default="out/pretrain", description="folder or prefix for checkpoints, logs and the exported model")
+    minutes: PositiveFloat = Field(default=60, description="stop after this long, with a checkpoint")
+    resume: bool = Field(default=False, description="go on from the stage's last checkpoint")
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="where to train")
+    workers: PositiveInt = Field(default=1, description="training processes; each has a GPU of its own with --device cuda")
+    threads: PositiveInt | None = Field(default=None, description="torch threads of a worker; empty: all cores")
+    seed: int = Field(default=0, ge=0, description="of weights, clips and noise")
+    steps_scale: PositiveFloat = Field(default=1.0, description="multiplies the steps of every phase, for a quick try")
+    compile: bool = Field(default=True, description="compile the transformer's blocks (needs a C++ compiler on the CPU)")
+    validate_every: PositiveInt = Field(default=250, description="steps")
+    checkpoint_minutes: PositiveFloat = Field(default=5, description="minutes between checkpoints")
+    storage: StorageSettings = StorageSettings()
+    ray: RaySettings = RaySettings()

@@ -1,0 +1,137 @@
+"""Second stage: a WanTransformer3DModel and its text encoder, by flow matching on latents of the procedural world."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from torch import Tensor, nn
+from transformers import UMT5Config, UMT5EncoderModel
+
+from vmt_core.pretraining.loop import Logs, Phase, phase_at
+from vmt_core.pretraining.pool import LatentPool, Size
+from vmt_core.pretraining.text import TEXT_CONFIG, tokenizer
+from vmt_core.world.captions import appearance
+from vmt_core.world.sample import sample
+
+CONFIG: dict[str, Any] = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 48,
+    "text_dim": TEXT_CONFIG["d_model"],
+    "freq_dim": 64,
+    "ffn_dim": 768,
+    "num_layers": 8,
+}
+#: Small frames first, which is where words are learnt; then the native size, other shapes and longer clips.
+PHASES = (
+    Phase(6000, ((24, 17, 128, 128),), 1.0, warmup=100, decay_to=0.3),
+    Phase(
+        4000,
+        (*((12, 17, 192, 192),) * 5, (12, 17, 160, 224), (12, 17, 224, 160), (6, 33, 192, 192)),
+        0.5,
+        decay_to=0.05,
+    ),
+)
+SHIFT = 3.0
+EMPTY_CAPTIONS = 0.1
+LONG_CAPTIONS = 1 / 16  # of the steps are padded as in Wan, so that padding is learnt to mean nothing
+SHORT_LENGTH, WAN_LENGTH = 24, 512
+ADAMW_RATE, MUON_RATE = 1.2e-3, 2e-3
+
+
+class DitLoss(nn.Module):
+    """Flow matching: mean squared error of the velocity, noise - latents."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.transformer = WanTransformer3DModel(**CONFIG)
+        self.text = UMT5EncoderModel(UMT5Config(**TEXT_CONFIG))
+
+    def forward(self, latents: Tensor, noise: Tensor, sigma: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Logs]:
+        """latents, noise (B, 16, F, H, W); sigma (B,) in (0, 1); ids, mask (B, tokens)."""
+        squared = self.errors(latents, noise, sigma, ids, mask)
+        return squared.mean(), {"loss_clean_half": squared[sigma < 0.75].mean().item() if (sigma < 0.75).any() else 0.0}
+
+    def errors(self, latents: Tensor, noise: Tensor, sigma: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Mean squared error of each clip, (B,)."""
+        s = sigma.view(-1, 1, 1, 1, 1)
+        noisy = (1 - s) * latents + s * noise
+        with torch.autocast(latents.device.type, torch.bfloat16):
+            text = self.text(ids, mask).last_hidden_state * mask.unsqueeze(-1)  # zeros where Wan has zeros
+            velocity = self.transformer(noisy, 1000 * sigma, text, return_dict=False)[0]
+        return (velocity.float() - (noise - latents)).square().flatten(1).mean(1)
+
+
+class DitStage:
+    """Trains on latents that a frozen autoencoder gives, kept in a pool that is renewed as training goes on.
+
+    Args:
+        vae: with `latents_mean` and `latents_std` of the world in its config (see `latent_statistics`).
+        cache: folder of the pool's latents; may be deleted, they are made again.
+    """
+
+    name = "dit"
+    ema_decay = 0.999
+
+    def __init__(self, vae: AutoencoderKLWan, cache: Path, seed: int = 0, phases: tuple[Phase, ...] = PHASES) -> None:
+        self.seed, self.phases = seed, phases
+        torch.manual_seed(seed)
+        self.module = DitLoss()
+        self.tokenizer = tokenizer()
+        self.pool = LatentPool(vae, cache)
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        """Muon for the matrices of the blocks, AdamW for all else."""
+        matrices, rest = [], []
+        for name, parameter in self.module.named_parameters():
+            inside = name.startswith("transformer.blocks.") and parameter.ndim == 2
+            (matrices if inside else rest).append(parameter)
+        return [
+            torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(rest, lr=ADAMW_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
+        ]
+
+    def batch(self, step: int, rank: int) -> tuple[Tensor, ...]:
+        random = Random(f"dit {self.seed} {step} {rank}")
+        generator = torch.Generator().manual_seed(random.getrandbits(63))
+        count, frames, height, width = random.choice(phase_at(self.phases, step)[0].clips)
+        size = (frames, height, width)
+        latents, seeds = self.pool.draw(random, step, count, size)
+        sigma = shifted(torch.randn(count, generator=generator).sigmoid())
+        length = WAN_LENGTH if random.random() < LONG_CAPTIONS else SHORT_LENGTH
+        captions = ["" if random.random() < EMPTY_CAPTIONS else self._caption(seed, size, random) for seed in seeds]
+        return latents, torch.randn(latents.shape, generator=generator), sigma, *self.tokens(captions, length)
+
+    def tokens(self, captions: list[str], length: int) -> tuple[Tensor, Tensor]:
+        """Ids and mask, (B, length) each."""
+        batch = self.tokenizer(captions, padding="max_length", max_length=length, truncation=True, return_tensors="pt")
+        return batch.input_ids, batch.attention_mask
+
+    def validate(self, module: nn.Module) -> Logs:
+        """Loss on held-out clips at fixed noise, with their captions, and how much worse it is with those of others."""
+        assert isinstance(module, DitLoss)
+        device = next(module.parameters()).device
+        size = self.phases[0].clips[0][1:]
+        latents, seeds = self.pool.validation(size)
+        noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
+        sigma = shifted(torch.linspace(0.05, 0.95, len(latents)))
+        captions = [self._caption(seed, size) for seed in seeds]
+        batches = [self.tokens(words, SHORT_LENGTH) for words in (captions, captions[1:] + captions[:1])]
+        right, wrong = (
+            module.errors(latents.to(device), noise.to(device), sigma.to(device), ids.to(device), mask.to(device)).mean().item()
+            for ids, mask in batches
+        )
+        return {"loss": right, "loss_wrong_captions": wrong}
+
+    @staticmethod
+    def _caption(seed: int, size: Size, variety: Random | None = None) -> str:
+        scene = sample(seed, frames=size[0], height=size[1], width=size[2])
+        return appearance(scene, variety if variety is not None and variety.random() < 0.5 else None)
+
+
+def shifted(u: Tensor) -> Tensor:
+    """Sigmas nearer to noise, as Wan samples: s u / (1 + (s - 1) u)."""
+    return SHIFT * u / (1 + (SHIFT - 1) * u)

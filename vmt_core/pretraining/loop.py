@@ -1,0 +1,194 @@
+"""The training loop of both stages: steps, moving average, validation, checkpoints that continue exactly.
+
+What a step sees follows from (seed, step, rank) alone, so that a resumed run is the run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+Logs = dict[str, float]
+MAX_FILE = "12MB"  # of one checkpoint file
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of training on clips of one or several sizes."""
+
+    steps: int
+    clips: tuple[tuple[int, int, int, int], ...]  # (batch, frames, height, width), one drawn per step
+    learning_rate: float
+    warmup: int = 200
+    decay_to: float = 0.1  # of the learning rate, at the phase's end
+
+
+class Stage(Protocol):
+    """What is trained. `module(*batch)` gives the loss and what to log; it is wrapped for several workers."""
+
+    name: str
+    module: nn.Module
+    phases: tuple[Phase, ...]
+    ema_decay: float
+
+    def optimizers(self) -> list[torch.optim.Optimizer]: ...
+    def batch(self, step: int, rank: int) -> tuple[Tensor, ...]: ...
+    def validate(self, module: nn.Module) -> Logs: ...
+
+
+class Run:
+    """A stage with its optimizers, its moving average and the number of steps done."""
+
+    def __init__(self, stage: Stage, *, device: str = "cpu", wrap: Callable[[nn.Module], nn.Module] = lambda m: m) -> None:
+        self.stage, self.device, self.step = stage, torch.device(device), 0
+        stage.module.to(self.device)
+        self.average = AveragedModel(stage.module, multi_avg_fn=get_ema_multi_avg_fn(stage.ema_decay))
+        self.optimizers = stage.optimizers()
+        self.base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
+        self.wrapped = wrap(stage.module)
+
+    @property
+    def done(self) -> bool:
+        return self.step >= sum(phase.steps for phase in self.stage.phases)
+
+    def train_step(self, rank: int = 0) -> Logs:
+        """One step; logs the loss, the learning rate and the seconds."""
+        began = time.perf_counter()
+        factor = learning_rate(self.stage.phases, self.step)
+        for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * factor
+        batch = [tensor.to(self.device, non_blocking=True) for tensor in self.stage.batch(self.step, rank)]
+        self.stage.module.train()
+        loss, logs = self.wrapped(*batch)
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(self.stage.module.parameters(), 1.0)
+        if not torch.isfinite(norm):
+            raise FloatingPointError(f"{self.stage.name}: the gradient at step {self.step} is not finite")
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.average.update_parameters(self.stage.module)
+        self.step += 1
+        return {
+            "step": self.step,
+            "loss": loss.item(),
+            **logs,
+            "gradient_norm": norm.item(),
+            "learning_rate": factor,
+            "seconds": time.perf_counter() - began,
+        }
+
+    def validate(self) -> Logs:
+        """Of the moving average."""
+        module = self.average.module.eval()
+        with torch.no_grad():
+            return self.stage.validate(module)
+
+    def save(self, folder: Path) -> None:
+        """Everything that `load` needs to go on, as safetensors files of at most MAX_FILE and a JSON."""
+        tensors = {f"model.{name}": value for name, value in self.stage.module.state_dict().items()}
+        tensors |= {f"average.{name}": value for name, value in self.average.module.state_dict().items()}
+        for index, optimizer in enumerate(self.optimizers):
+            for number, state in optimizer.state_dict()["state"].items():
+                tensors |= {f"optimizer.{index}.{number}.{name}": value for name, value in state.items()}
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        save_torch_state_dict(tensors, folder, max_shard_size=MAX_FILE, metadata={"stage": self.stage.name})
+        (folder / "state.json").write_text(json.dumps({"stage": self.stage.name, "step": self.step}))
+
+    def load(self, folder: Path) -> None:
+        """Continues from what `save` wrote.
+
+        Raises:
+            ValueError: the checkpoint is of another stage or another architecture.
+        """
+        state = json.loads((folder / "state.json").read_text())
+        if state["stage"] != self.stage.name:
+            raise ValueError(f"{folder}: a checkpoint of stage {state['stage']}, not of {self.stage.name}")
+        tensors = {name: value for file in folder.glob("*.safetensors") for name, value in load_file(file).items()}
+        try:
+            self.stage.module.load_state_dict(_under("model.", tensors))
+            self.average.module.load_state_dict(_under("average.", tensors))
+        except RuntimeError as error:
+            raise ValueError(f"{folder}: not of this architecture: {error}") from error
+        self.average.n_averaged.fill_(state["step"])
+        for index, optimizer in enumerate(self.optimizers):
+            content = optimizer.state_dict()
+            restored: dict[int, dict[str, Tensor]] = {}
+            for name, value in _under(f"optimizer.{index}.", tensors).items():
+                number, _, key = name.partition(".")
+                restored.setdefault(int(number), {})[key] = value
+            optimizer.load_state_dict({"state": restored, "param_groups": content["param_groups"]})
+        self.step = state["step"]
+
+
+def learning_rate(phases: tuple[Phase, ...], step: int) -> float:
+    """Of a step: a linear warm-up at the start of each phase, then half a cosine down to `decay_to`."""
+    phase, within = phase_at(phases, step)
+    warm = min(1.0, (within + 1) / max(1, phase.warmup))
+    progress = within / phase.steps
+    return phase.learning_rate * warm * (phase.decay_to + (1 - phase.decay_to) * (0.5 + 0.5 * math.cos(math.pi * progress)))
+
+
+def phase_at(phases: tuple[Phase, ...], step: int) -> tuple[Phase, int]:
+    """The phase of a step and the step's number within it."""
+    for phase in phases:
+        if step < phase.steps:
+            return phase, step
+        step -= phase.steps
+    return phases[-1], phases[-1].steps
+
+
+def run(
+    run: Run,
+    *,
+    folder: Path,
+    minutes: float,
+    validate_every: int = 250,
+    checkpoint_minutes: float = 5.0,
+    rank: int = 0,
+    report: Callable[[Logs, Path | None], None] = lambda logs, checkpoint: None,
+) -> None:
+    """Trains until the phases or the minutes are over; rank 0 keeps the newest checkpoint at `folder`/last."""
+    began = saved = time.monotonic()
+    last = folder / "last"
+    while not run.done and time.monotonic() - began < 60 * minutes:
+        logs = run.train_step(rank)
+        due = time.monotonic() - saved > 60 * checkpoint_minutes
+        if rank == 0 and (run.step % validate_every == 0 or run.done):
+            logs |= {f"validation/{name}": value for name, value in run.validate().items()}
+        if rank == 0 and due:
+            replace(last, run.save)
+            saved = time.monotonic()
+        report(logs, last if due else None)
+    if rank == 0:
+        replace(last, run.save)
+
+
+def replace(folder: Path, write: Callable[[Path], None]) -> None:
+    """Writes a folder beside, then swaps it in."""
+    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    for leftover in (fresh, old):
+        shutil.rmtree(leftover, ignore_errors=True)
+    write(fresh)
+    if folder.exists():
+        folder.rename(old)
+    fresh.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -1,0 +1,116 @@
+"""First stage: an AutoencoderKLWan with Wan's compression, on crops of the procedural world."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+from vmt_core.pretraining.loop import Logs, Phase, phase_at
+from vmt_core.world.render import centres, render
+from vmt_core.world.sample import sample
+
+CONFIG: dict[str, Any] = {
+    "base_dim": 16,
+    "decoder_base_dim": 32,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 2],
+    "num_res_blocks": 1,
+    "temperal_downsample": [True, True],
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 8,
+    "scale_factor_temporal": 4,
+}
+#: Clips from the start stall, and the causal decoder does not extrapolate in time: single frames first, then every length on offer.
+PHASES = (
+    Phase(2400, ((24, 1, 64, 64),), 1e-3, decay_to=0.3),
+    Phase(1200, ((4, 9, 64, 64), (4, 9, 64, 64), (24, 1, 64, 64)), 7e-4, decay_to=0.4),
+    Phase(2400, ((4, 17, 64, 64), (4, 17, 64, 64), (4, 9, 64, 64), (2, 33, 64, 64), (24, 1, 64, 64)), 6e-4, decay_to=0.05),
+)
+
+
+class VaeLoss(nn.Module):
+    """Reconstruction of pixels in [-1, 1]: L1 + L2, and a little KL that keeps the latents near unit variance."""
+
+    def __init__(self, vae: AutoencoderKLWan, kl_weight: float = 2e-4) -> None:
+        super().__init__()
+        self.vae, self.kl_weight = vae, kl_weight
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Logs]:
+        """(B, 3, T, H, W) in [-1, 1]."""
+        with torch.autocast(pixels.device.type, torch.bfloat16):
+            posterior = self.vae.encode(pixels).latent_dist
+            decoded = self.vae.decode(posterior.sample()).sample.float()
+        error = decoded - pixels
+        kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
+        squared = error.square().mean()
+        loss = error.abs().mean() + squared + self.kl_weight * kl
+        return loss, {"psnr": psnr(squared), "kl": kl.item()}
+
+
+class VaeStage:
+    """Trains an autoencoder on crops of scenes of the train split."""
+
+    name = "vae"
+    ema_decay = 0.998
+
+    def __init__(self, seed: int = 0, phases: tuple[Phase, ...] = PHASES) -> None:
+        self.seed, self.phases = seed, phases
+        torch.manual_seed(seed)
+        self.module = VaeLoss(AutoencoderKLWan(**CONFIG))
+
+    def optimizers(self) -> list[torch.optim.Optimizer]:
+        return [torch.optim.AdamW(self.module.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)]
+
+    def batch(self, step: int, rank: int) -> tuple[Tensor, ...]:
+        random = Random(f"vae {self.seed} {step} {rank}")
+        torch.manual_seed(random.getrandbits(63))  # of the posterior's noise
+        count, frames, height, width = random.choice(phase_at(self.phases, step)[0].clips)
+        return (torch.stack([crop(random, frames, height, width) for _ in range(count)]),)
+
+    def validate(self, module: nn.Module) -> Logs:
+        """PSNR of whole held-out clips, fp32, and how much the decoding of a still clip flickers (of 255)."""
+        vae: Any = module.vae
+        device = next(vae.parameters()).device
+        logs: Logs = {}
+        for frames in (1, 9, 17):
+            clips = torch.stack(
+                [pixels(render(sample(20 * index + 18, height=96, width=96, frames=frames))) for index in range(8)]
+            ).to(device)
+            decoded = vae.decode(vae.encode(clips).latent_dist.mode()).sample.clamp(-1, 1)
+            logs[f"psnr_{frames}"] = sum(psnr((a - b).square().mean()) for a, b in zip(decoded, clips, strict=True)) / len(clips)
+        still = clips[:, :, :1].expand_as(clips)
+        decoded = vae.decode(vae.encode(still).latent_dist.mode()).sample.clamp(-1, 1)
+        logs["flicker"] = (decoded.diff(dim=2).abs().mean() * 127.5).item()
+        return logs
+
+
+def crop(random: Random, frames: int, height: int, width: int) -> Tensor:
+    """A clip of (3, frames, height, width), often near a body; one in eight stands still."""
+    side = random.choice((128, 160, 192, 192, 224))
+    scene = sample(20 * random.randrange(10**7) + random.randrange(18), frames=frames, height=side, width=side)
+    if random.random() < 0.7:
+        x, y = (int(value) for value in centres(scene)[random.randrange(frames), 0].tolist())
+        left, top = x - width // 2 + random.randint(-40, 40), y - height // 2 + random.randint(-40, 40)
+    else:
+        left, top = random.randrange(side), random.randrange(side)
+    left, top = (min(max(first, 0), side - length) for first, length in ((left, width), (top, height)))
+    clip = pixels(render(scene, (top, left, top + height, left + width)))
+    if random.random() < 0.125:
+        clip = clip[:, :1].expand_as(clip)
+    return clip
+
+
+def pixels(frames: Tensor) -> Tensor:
+    """(T, 3, H, W) uint8 to (3, T, H, W) in [-1, 1]."""
+    return frames.transpose(0, 1).float() / 127.5 - 1
+
+
+def psnr(squared: Tensor) -> float:
+    """Of a mean squared error of values in [-1, 1], dB."""
+    return 10 * torch.log10(4 / squared.clamp(min=1e-10)).item()
