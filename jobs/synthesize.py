@@ -1,4 +1,6 @@
-"""Procedural clips with exact tracks: `python jobs/synthesize.py --count N --seed S --output OUT`. Run it again to make only what is missing.
+"""Procedural clips with exact tracks: `python jobs/synthesize.py --count N --seed S --output OUT`.
+
+Run it again to make only what is missing.
 
 Exit code: 0 all clips are there, 1 the run failed, 2 wrong usage.
 """

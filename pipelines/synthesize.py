@@ -57,7 +57,9 @@ def run(settings: SynthesizeSettings, say: Callable[[str], None] = print) -> dic
         RunFailed: it stopped before its end; the same command goes on from there.
     """
     if unknown := [name for name in settings.categories if name not in MOTIONS] or not settings.categories:
-        raise UsageError(f"--categories: {unknown[0] if unknown is not True else 'none'} is not one of {', '.join(MOTIONS)}")
+        raise UsageError(
+            f"--categories: {unknown[0] if unknown is not True else 'none'} is not one of {', '.join(MOTIONS)}"
+        )
     storage, began = Storage(settings.storage), time.monotonic()
     with lock.held(storage, join(settings.output, "run", "lock.json")):
         _claim(settings, storage)
@@ -213,7 +215,7 @@ def _row(scene: Scene, seed: int, local: Path, settings: SynthesizeSettings) -> 
         category=scene.category,
         motion=scene.motion,
         caption=captions.appearance(scene),
-        motion_caption=captions.motion(scene),
+        motion_caption=captions.motion_caption(scene),
         scene=said,
         height=scene.height,
         width=scene.width,

@@ -232,25 +232,34 @@ class SynthesizeSettings(JobSettings):
     def _videos_are_even(self) -> Self:
         for name in ("height", "width"):
             if getattr(self, name) % 2:
-                raise ValueError(f"{name}={getattr(self, name)} is odd, H.264 videos are even; use {getattr(self, name) + 1}")
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is odd, H.264 videos are even; use {getattr(self, name) + 1}"
+                )
         return self
 
 
 class PretrainSettings(JobSettings):
     """Trains wan-nano, first its autoencoder, then its transformer, from the procedural world. Run again with --resume to go on."""
 
-    stage: Literal["vae", "dit", "export"] = Field(
-        description="vae first, then dit, then export: the trained parts as a model folder"
+    stage: Literal["vae", "dit"] = Field(description="vae first, then dit on its latents")
+    output: str = Field(
+        default="out/pretrain", description="folder or prefix for checkpoints, logs and the exported model"
     )
-    output: str = Field(default="out/pretrain", description="folder or prefix for checkpoints, logs and the exported model")
     minutes: PositiveFloat = Field(default=60, description="stop after this long, with a checkpoint")
     resume: bool = Field(default=False, description="go on from the stage's last checkpoint")
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="where to train")
-    workers: PositiveInt = Field(default=1, description="training processes; each has a GPU of its own with --device cuda")
+    workers: PositiveInt = Field(
+        default=1, description="training processes; each has a GPU of its own with --device cuda"
+    )
     threads: PositiveInt | None = Field(default=None, description="torch threads of a worker; empty: all cores")
     seed: int = Field(default=0, ge=0, description="of weights, clips and noise")
+    cache: str | None = Field(
+        default=None, description="local folder for latents that are trained on; default: in the user's cache"
+    )
     steps_scale: PositiveFloat = Field(default=1.0, description="multiplies the steps of every phase, for a quick try")
-    compile: bool = Field(default=True, description="compile the transformer's blocks (needs a C++ compiler on the CPU)")
+    compile: bool = Field(
+        default=True, description="compile the transformer's blocks (needs a C++ compiler on the CPU)"
+    )
     validate_every: PositiveInt = Field(default=250, description="steps")
     checkpoint_minutes: PositiveFloat = Field(default=5, description="minutes between checkpoints")
     storage: StorageSettings = StorageSettings()

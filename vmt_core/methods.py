@@ -16,7 +16,7 @@ from vmt_core.motion.amf import FullAMF, WindowedAMF
 
 PRESETS = ("default", "paper", "nano")
 #: Bumped whenever a change of this package alters the videos: part of every row's identity.
-VIDEO_VERSION = 1
+VIDEO_VERSION = 2
 
 Group = Mapping[str, Any] | None
 

@@ -155,7 +155,8 @@ def write(
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames.shape[-2:]
         stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(crf), "preset": preset}
+        # mbtree makes libx264 write other bytes for the same frames, now and then
+        stream.options = {"crf": str(crf), "preset": preset, "x264-params": "mbtree=0"}
         for image in frames.permute(0, 2, 3, 1).contiguous().numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode(None))

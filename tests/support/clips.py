@@ -8,13 +8,13 @@ import numpy as np
 import torch
 
 from vmt_core import video
-from vmt_core.world.clips import render
+from vmt_core.world import render, sample
 
 
 def clip(path, *, frames=17, size=(64, 64), fps=12, motion="line", seed=0):
     """A playable clip; returns its path."""
     height, width = size
-    video.write(path, render(motion, frames=frames, height=height, width=width, seed=seed), fps)
+    video.write(path, render(sample(seed, motion=motion, frames=frames, height=height, width=width)), fps)
     return path
 
 

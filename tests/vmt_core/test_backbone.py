@@ -11,7 +11,7 @@ from diffusers import WanPipeline
 
 from vmt_core import Backbone
 from vmt_core.backbone import nano, weights
-from vmt_core.world.clips import render
+from vmt_core.world import render, sample
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def copy(folder, tmp_path):
 
 
 def test_latents_are_the_normalised_mode_of_the_posterior(tiny):
-    frames = render("circle", frames=9, height=32, width=48)
+    frames = render(sample(1, frames=9, height=32, width=48))
     latents = tiny.encode(frames)
     pixels = (frames.float() / 127.5 - 1).permute(1, 0, 2, 3)[None]
     vae = tiny.parts["vae"]

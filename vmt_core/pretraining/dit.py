@@ -62,7 +62,8 @@ class DitLoss(nn.Module):
         with torch.autocast(latents.device.type, torch.bfloat16):
             text = self.text(ids, mask).last_hidden_state * mask.unsqueeze(-1)  # zeros where Wan has zeros
             velocity = self.transformer(noisy, 1000 * sigma, text, return_dict=False)[0]
-        return (velocity.float() - (noise - latents)).square().flatten(1).mean(1)
+        error: Tensor = velocity.float() - (noise - latents)
+        return error.square().flatten(1).mean(1)
 
 
 class DitStage:
@@ -85,7 +86,8 @@ class DitStage:
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         """Muon for the matrices of the blocks, AdamW for all else."""
-        matrices, rest = [], []
+        matrices: list[nn.Parameter] = []
+        rest: list[nn.Parameter] = []
         for name, parameter in self.module.named_parameters():
             inside = name.startswith("transformer.blocks.") and parameter.ndim == 2
             (matrices if inside else rest).append(parameter)
@@ -93,6 +95,11 @@ class DitStage:
             torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
             torch.optim.AdamW(rest, lr=ADAMW_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
         ]
+
+    def compile(self) -> None:
+        """A third faster on a CPU; each size of batch is compiled once."""
+        for block in self.module.transformer.blocks:
+            block.compile(dynamic=False)
 
     def batch(self, step: int, rank: int) -> tuple[Tensor, ...]:
         random = Random(f"dit {self.seed} {step} {rank}")
@@ -121,7 +128,9 @@ class DitStage:
         captions = [self._caption(seed, size) for seed in seeds]
         batches = [self.tokens(words, SHORT_LENGTH) for words in (captions, captions[1:] + captions[:1])]
         right, wrong = (
-            module.errors(latents.to(device), noise.to(device), sigma.to(device), ids.to(device), mask.to(device)).mean().item()
+            module.errors(latents.to(device), noise.to(device), sigma.to(device), ids.to(device), mask.to(device))
+            .mean()
+            .item()
             for ids, mask in batches
         )
         return {"loss": right, "loss_wrong_captions": wrong}

@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -18,9 +17,10 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 Logs = dict[str, float]
+_Weights = tuple[Tensor, ...] | list[Tensor]
 MAX_FILE = "12MB"  # of one checkpoint file
 
 
@@ -51,10 +51,12 @@ class Stage(Protocol):
 class Run:
     """A stage with its optimizers, its moving average and the number of steps done."""
 
-    def __init__(self, stage: Stage, *, device: str = "cpu", wrap: Callable[[nn.Module], nn.Module] = lambda m: m) -> None:
+    def __init__(
+        self, stage: Stage, *, device: str = "cpu", wrap: Callable[[nn.Module], nn.Module] = lambda m: m
+    ) -> None:
         self.stage, self.device, self.step = stage, torch.device(device), 0
         stage.module.to(self.device)
-        self.average = AveragedModel(stage.module, multi_avg_fn=get_ema_multi_avg_fn(stage.ema_decay))
+        self.average = AveragedModel(stage.module, multi_avg_fn=moving_average(stage.ema_decay))
         self.optimizers = stage.optimizers()
         self.base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.wrapped = wrap(stage.module)
@@ -105,7 +107,7 @@ class Run:
             for number, state in optimizer.state_dict()["state"].items():
                 tensors |= {f"optimizer.{index}.{number}.{name}": value for name, value in state.items()}
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        tensors = {name: value.detach().cpu().clone() for name, value in tensors.items()}  # tied weights are kept twice
         save_torch_state_dict(tensors, folder, max_shard_size=MAX_FILE, metadata={"stage": self.stage.name})
         (folder / "state.json").write_text(json.dumps({"stage": self.stage.name, "step": self.step}))
 
@@ -135,12 +137,35 @@ class Run:
         self.step = state["step"]
 
 
+def moving_average(decay: float) -> Callable[[_Weights, _Weights, Tensor | int], None]:
+    """An exponential moving average that forgets its beginning: the decay grows to its value over the first steps."""
+
+    def update(average: _Weights, current: _Weights, count: Tensor | int) -> None:
+        now = min(decay, (1 + int(count)) / (10 + int(count)))
+        for mean, value in zip(average, current, strict=True):
+            mean.lerp_(value, 1 - now)
+
+    return update
+
+
 def learning_rate(phases: tuple[Phase, ...], step: int) -> float:
     """Of a step: a linear warm-up at the start of each phase, then half a cosine down to `decay_to`."""
     phase, within = phase_at(phases, step)
     warm = min(1.0, (within + 1) / max(1, phase.warmup))
     progress = within / phase.steps
-    return phase.learning_rate * warm * (phase.decay_to + (1 - phase.decay_to) * (0.5 + 0.5 * math.cos(math.pi * progress)))
+    return (
+        phase.learning_rate
+        * warm
+        * (phase.decay_to + (1 - phase.decay_to) * (0.5 + 0.5 * math.cos(math.pi * progress)))
+    )
+
+
+def scaled(phases: tuple[Phase, ...], factor: float) -> tuple[Phase, ...]:
+    """The same phases with fewer or more steps."""
+    return tuple(
+        replace(phase, steps=max(1, round(phase.steps * factor)), warmup=max(1, round(phase.warmup * min(1.0, factor))))
+        for phase in phases
+    )
 
 
 def phase_at(phases: tuple[Phase, ...], step: int) -> tuple[Phase, int]:
@@ -152,42 +177,34 @@ def phase_at(phases: tuple[Phase, ...], step: int) -> tuple[Phase, int]:
     return phases[-1], phases[-1].steps
 
 
-def run(
+def train(
     run: Run,
     *,
-    folder: Path,
     minutes: float,
+    report: Callable[[Logs, bool], None],
     validate_every: int = 250,
     checkpoint_minutes: float = 5.0,
     rank: int = 0,
-    report: Callable[[Logs, Path | None], None] = lambda logs, checkpoint: None,
+    agree: Callable[[bool], bool] = bool,
 ) -> None:
-    """Trains until the phases or the minutes are over; rank 0 keeps the newest checkpoint at `folder`/last."""
+    """Trains until the phases or the minutes are over.
+
+    Args:
+        report: told the logs of every step, and whether it is time to save (last of all, always).
+        rank: of this worker; only 0 validates.
+        agree: makes what rank 0 thinks the decision of all workers.
+    """
     began = saved = time.monotonic()
-    last = folder / "last"
-    while not run.done and time.monotonic() - began < 60 * minutes:
+    over = run.done
+    while not over:
         logs = run.train_step(rank)
-        due = time.monotonic() - saved > 60 * checkpoint_minutes
-        if rank == 0 and (run.step % validate_every == 0 or run.done):
+        now = time.monotonic()
+        over = agree(run.done or now - began > 60 * minutes)
+        save = over or agree(now - saved > 60 * checkpoint_minutes)
+        if rank == 0 and (run.step % validate_every == 0 or over):
             logs |= {f"validation/{name}": value for name, value in run.validate().items()}
-        if rank == 0 and due:
-            replace(last, run.save)
-            saved = time.monotonic()
-        report(logs, last if due else None)
-    if rank == 0:
-        replace(last, run.save)
-
-
-def replace(folder: Path, write: Callable[[Path], None]) -> None:
-    """Writes a folder beside, then swaps it in."""
-    fresh, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    for leftover in (fresh, old):
-        shutil.rmtree(leftover, ignore_errors=True)
-    write(fresh)
-    if folder.exists():
-        folder.rename(old)
-    fresh.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+        report(logs, save)
+        saved = time.monotonic() if save else saved
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -81,7 +81,9 @@ class LatentPool:
         )
         rows = []
         for start in range(0, len(seeds), 4):
-            clips = [render(sample(seed, frames=frames, height=height, width=width)) for seed in seeds[start : start + 4]]
+            clips = [
+                render(sample(seed, frames=frames, height=height, width=width)) for seed in seeds[start : start + 4]
+            ]
             pixels = torch.stack(clips).to(device).transpose(1, 2).float() / 127.5 - 1
             rows.append(((self.vae.encode(pixels).latent_dist.mode() - mean) / std).to("cpu", torch.bfloat16))
         return torch.cat(rows)
@@ -91,10 +93,3 @@ def _seed(size: Size, index: int) -> int:
     """The index-th seed of the train split, of a range of the size's own."""
     offset = 10**8 * (1 + sum(weight * value for weight, value in zip((7, 3, 1), size, strict=True)))
     return 20 * (offset + index // 18) + index % 18
-
-
-def latent_statistics(vae: Any, clips: list[Tensor]) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of each latent channel over clips (1, 3, T, H, W) in [-1, 1]."""
-    with torch.no_grad():
-        values = torch.cat([vae.encode(clip).latent_dist.mode()[0].flatten(1) for clip in clips], 1)
-    return values.mean(1).tolist(), values.std(1).tolist()

@@ -1,4 +1,7 @@
-"""What a scene shows and how it moves, in words. Appearance and motion are kept apart: a prompt says the one, a reference gives the other."""
+"""What a scene shows, and how it moves, in words.
+
+The two are kept apart: a prompt says the one, a reference gives the other.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,10 @@ def appearance(scene: Scene, variety: Random | None = None) -> str:
         variety: chooses among SYNONYMS and word orders; None: the usual words.
     """
     say = _usual if variety is None else variety.choice
-    bodies = [f"{_article(body.colour)} {body.colour} {say(SYNONYMS.get(_noun(body), (_noun(body),)))}" for body in scene.bodies]
+    bodies = [
+        f"{_article(body.colour)} {body.colour} {say(SYNONYMS.get(_noun(body), (_noun(body),)))}"
+        for body in scene.bodies
+    ]
     if variety is not None:
         variety.shuffle(bodies)
     background, on = scene.background, say(SYNONYMS["on"])
@@ -43,12 +49,22 @@ def vocabulary() -> list[str]:
 
     from vmt_core.world.spec import BACKGROUNDS, COLOURS, Pattern, ShapeName
 
-    words = {*get_args(ShapeName), *get_args(Pattern), *COLOURS, *BACKGROUNDS, "a", "an", "and", "background", "pendulum"}
+    words = {
+        *get_args(ShapeName),
+        *get_args(Pattern),
+        *COLOURS,
+        *BACKGROUNDS,
+        "a",
+        "an",
+        "and",
+        "background",
+        "pendulum",
+    }
     words |= {word for phrases in SYNONYMS.values() for phrase in phrases for word in phrase.split()}
     return sorted(words)
 
 
-def motion(scene: Scene) -> str:
+def motion_caption(scene: Scene) -> str:
     """`the red circle bounces from left to right`: who moves and how, with nothing of the background's looks."""
     sentences = [_moves(body) for body in scene.bodies if not (isinstance(body, Object) and body.path.kind == "still")]
     if scene.camera.kind != "still":

@@ -63,7 +63,8 @@ def view(camera: Camera, time: Tensor) -> Matrices:
         case "shake":
             wave = 2 * math.pi * camera.cycles * time + camera.phase
             return place(
-                x=-dx * (0.6 * wave.sin() + 0.4 * (1.7 * wave).cos()), y=-dy * (0.6 * wave.cos() + 0.4 * (1.7 * wave).sin())
+                x=-dx * (0.6 * wave.sin() + 0.4 * (1.7 * wave).cos()),
+                y=-dy * (0.6 * wave.cos() + 0.4 * (1.7 * wave).sin()),
             )
         case "zoom":
             return place(zero, zero, scale=camera.factor**middle)
@@ -78,9 +79,10 @@ def place(
 ) -> Float[Tensor, "*frames 3 3"]:
     """Scale, then turn, then shift; arguments that are tensors (frames,) give a matrix for each frame."""
     values = torch.broadcast_tensors(*(torch.as_tensor(value, dtype=torch.float64) for value in (x, y, angle, scale)))
-    x, y, cos, sin = values[0], values[1], values[3] * values[2].cos(), values[3] * values[2].sin()
-    zero, one = torch.zeros_like(x), torch.ones_like(x)
-    return torch.stack([cos, -sin, x, sin, cos, y, zero, zero, one], -1).unflatten(-1, (3, 3))
+    dx, dy, turn, size = values
+    cos, sin = size * turn.cos(), size * turn.sin()
+    zero, one = torch.zeros_like(dx), torch.ones_like(dx)
+    return torch.stack([cos, -sin, dx, sin, cos, dy, zero, zero, one], -1).reshape(*dx.shape, 3, 3)
 
 
 def _body(body: Body, index: int, time: Tensor) -> list[Part]:

@@ -24,6 +24,7 @@ from vmt_core.world.spec import (
     Figure,
     Line,
     Object,
+    Path,
     Pattern,
     Pendulum,
     Point,
@@ -170,6 +171,7 @@ def _single(random: Random, motion: str, colour: Colour, frame: Point) -> Object
     size = _size(random, shape, 0.16, 0.23)
     angle = random.uniform(-0.3, 0.3)
     sign = random.choice((-1, 1))
+    path: Path
     if motion == "line":
         path = _line(random, frame, size)
     elif motion in ("arc", "orbit"):
@@ -268,9 +270,7 @@ def _articulated(random: Random, motion: str, colour: Colour, frame: Point) -> B
         cycles, phase = random.choice((1.0, 1.5, 2.0)), 0.0
     if motion == "wave" and sign < 0:
         phase += math.pi
-    return Figure(
-        colour=colour, size=size, action=_ACTIONS[motion], start=start, end=end, phase=phase, cycles=cycles
-    )
+    return Figure(colour=colour, size=size, action=_ACTIONS[motion], start=start, end=end, phase=phase, cycles=cycles)
 
 
 _ACTIONS: dict[str, Literal["walk", "wave", "jump"]] = {"walk": "walk", "wave": "wave", "jump": "jump"}

@@ -15,12 +15,12 @@ from torch import Tensor
 
 def circle(p: Tensor) -> Tensor:
     """(…, 2) -> (…)"""
-    return p.norm(dim=-1) - 1
+    return torch.hypot(p[..., 0], p[..., 1]) - 1
 
 
 def ring(p: Tensor) -> Tensor:
     """A circle with a round hole of half its radius."""
-    return (p.norm(dim=-1) - 0.75).abs() - 0.25
+    return (torch.hypot(p[..., 0], p[..., 1]) - 0.75).abs() - 0.25
 
 
 def square(p: Tensor) -> Tensor:

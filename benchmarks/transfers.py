@@ -1,0 +1,176 @@
+"""What the measurements on wan-nano share: held-out pairs of reference and prompt, transfers of all of them, and what became of each.
+
+A reference is a procedural clip, so its motion is known exactly; a prompt describes another clip of the same category, of other
+colours and background. `motion` is motion agreement (`vmt_core.metrics.motion.aligned`) of the reference's exact tracks with tracks
+of the generated clip, `centre` the correlation of the paths of the objects' centres, the rest what the judge reads in the generated clip.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from vmt_core import Backbone, MotionTransfer, Sampling
+from vmt_core.methods import Method
+from vmt_core.metrics.motion import aligned, flow_tracks, of_world, trajectory_correlation
+from vmt_core.presets import Native
+from vmt_core.transfer import Artifact
+from vmt_core.world import MOTIONS, Scene, appearance, grid_points, render, sample, tracks
+from vmt_core.world.judge import Judge, centre_path, verdicts
+
+MEASURES = ("motion", "centre", "colour", "shape", "background")
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A reference and the scene whose appearance is asked for."""
+
+    reference: Scene
+    wanted: Scene
+    seed: int
+
+
+@dataclass
+class Outcome:
+    """Of one method on some pairs."""
+
+    name: str
+    rows: list[dict[str, float]] = field(default_factory=list)
+    clips: list[Tensor] = field(default_factory=list)
+    seconds: float = 0.0
+    evaluations: int = 0
+
+    def column(self, measure: str) -> Tensor:
+        return torch.tensor([row[measure] for row in self.rows], dtype=torch.float64)
+
+
+def pairs(number: int, size: Native, first: int = 0, categories: Sequence[str] = tuple(MOTIONS)) -> list[Pair]:
+    """Held-out pairs, the categories in turn; seeds of the test split from the `first`-th on."""
+    found = []
+    for index in range(number):
+        category = categories[index % len(categories)]
+        options = {
+            "category": category,
+            "frames": size.frames,
+            "height": size.height,
+            "width": size.width,
+            "fps": size.fps,
+        }
+        reference = sample(20 * (first + index) + 19, **options)
+        for other in count():
+            wanted = sample(20 * (10_000 + 1_000 * (first + index) + other) + 19, **options)
+            kinds = [[body.kind for body in scene.bodies] for scene in (reference, wanted)]
+            colours = [{body.colour for body in scene.bodies} for scene in (reference, wanted)]
+            if (
+                kinds[0] == kinds[1]
+                and not colours[0] & colours[1]
+                and reference.background.colour != wanted.background.colour
+            ):
+                break
+        found.append(Pair(reference, wanted, seed=first + index))
+    return found
+
+
+def prepare(backbone: Backbone, chosen: Sequence[Pair]) -> list[Tensor]:
+    """Latents of the references."""
+    return [backbone.encode(render(pair.reference)) for pair in chosen]
+
+
+def run(
+    backbone: Backbone,
+    judge: Judge,
+    method: Method,
+    sampling: Sampling,
+    chosen: Sequence[Pair],
+    latents: Sequence[Tensor],
+    *,
+    name: str | None = None,
+    batch: int = 8,
+) -> Outcome:
+    """Transfers every pair and measures what came out; the seconds are those of describing and denoising."""
+    transfer, outcome = MotionTransfer(backbone, method, sampling), Outcome(name or method.name)
+    empty = backbone.caption("")
+    texts = [backbone.caption(appearance(pair.wanted)) for pair in chosen]
+    for start in range(0, len(chosen), batch):
+        rows = range(start, min(start + batch, len(chosen)))
+        began = time.perf_counter()
+        artifacts: list[Artifact] = [transfer.describe(latents[row], empty) for row in rows]
+        made = transfer.denoise(
+            artifacts, [texts[row] for row in rows], [empty] * len(rows), [chosen[row].seed for row in rows]
+        )
+        outcome.seconds += time.perf_counter() - began
+        outcome.evaluations += sum(log.evaluations for log in made.logs)
+        for row, clip in zip(rows, made.latents, strict=True):
+            frames = backbone.decode(clip)
+            outcome.clips.append(frames)
+            outcome.rows.append(measure(judge, chosen[row], frames))
+    return outcome
+
+
+def measure(judge: Judge, pair: Pair, frames: Tensor) -> dict[str, float]:
+    """One generated clip against its reference and its prompt."""
+    reference = pair.reference
+    points = grid_points(reference.height, reference.width)
+    agreement = aligned(of_world(tracks(reference, points)), flow_tracks(frames, points), reference.width)
+    paths = (centre_path(render(reference)), centre_path(frames))
+    centre = trajectory_correlation(*paths) if len(reference.bodies) == 1 else math.nan
+    (verdict,) = verdicts(judge, [frames], [pair.wanted])
+    return {
+        "motion": agreement,
+        "centre": centre,
+        "colour": verdict.colour,
+        "shape": verdict.shape,
+        "background": verdict.background,
+    }
+
+
+def interval(values: Tensor, draws: int = 10_000) -> tuple[float, float, float]:
+    """Mean and its 95 % bootstrap interval, over what is not nan."""
+    known = values[~values.isnan()]
+    picked = torch.randint(len(known), (draws, len(known)), generator=torch.Generator().manual_seed(0))
+    means = known[picked].mean(1)
+    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
+    return float(known.mean()), low, high
+
+
+def table(outcomes: Iterable[Outcome]) -> str:
+    """Markdown: means, and the differences of motion and centre to the first outcome with their intervals."""
+    outcomes = list(outcomes)
+    base = outcomes[0]
+    lines = [
+        f"| method | motion | centre | colour | shape | background | motion - {base.name} | centre - {base.name} "
+        "| evaluations a clip | seconds a clip |",
+        "|" + "---|" * 10,
+    ]
+    for one in outcomes:
+        means = " | ".join(f"{one.column(name).nanmean():.3f}" for name in MEASURES)
+        gains = " | ".join(
+            "" if one is base else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*interval(one.column(name) - base.column(name)))
+            for name in ("motion", "centre")
+        )
+        number = len(one.rows)
+        lines.append(
+            f"| {one.name} | {means} | {gains} | {one.evaluations / number:.0f} | {one.seconds / number:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def sheet(rows: Sequence[Sequence[Tensor]], shown: int = 5, shrink: int = 2) -> Tensor:
+    """A contact sheet (3, H, W): one line for each row, its clips side by side, `shown` frames of each."""
+    lines = []
+    for row in rows:
+        strips = []
+        for clip in row:
+            picked = clip[torch.linspace(0, len(clip) - 1, shown).round().long()]
+            picked = torch.nn.functional.avg_pool2d(picked.float(), shrink).round().to(torch.uint8)
+            strips.append(torch.cat(list(picked), 2))
+            strips.append(torch.full((3, picked.shape[2], 6), 255, dtype=torch.uint8))
+        lines.append(torch.cat(strips[:-1], 2))
+        lines.append(torch.full((3, 4, lines[0].shape[2]), 255, dtype=torch.uint8))
+    return torch.cat(lines[:-1], 1)

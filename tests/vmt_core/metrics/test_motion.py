@@ -1,0 +1,146 @@
+"""Motion agreement: cases done by hand, and invariants on clips of known motion."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vmt_core.metrics.motion import aligned, flow_tracks, jerk, moving, of_world, trajectory_correlation
+from vmt_core.world import Scene, grid_points, render, sample, tracks
+from vmt_core.world.spec import Background, Camera, Object, Still
+
+SIDE = 128
+
+
+def pan(dx, dy, colour="navy", frames=9, pattern="dotted"):
+    """A camera that pans by (dx, dy) of the side: everything moves by the opposite."""
+    scene = Scene(
+        category="camera", motion="pan", bodies=(Object(shape="star", colour="red", size=0.15, path=Still(at=(0, 0))),),
+        background=Background(pattern=pattern, colour=colour, period=0.23), camera=Camera(kind="pan", shift=(dx, dy)),
+        frames=frames, height=SIDE, width=SIDE,
+    )  # fmt: skip
+    return scene, render(scene)
+
+
+def straight(*steps, points=4):
+    """Tracks that all make the same steps."""
+    path = torch.cat([torch.zeros(1, 2), torch.tensor(steps, dtype=torch.float32).cumsum(0)])
+    positions = path[:, None] + 10 * torch.arange(points)[None, :, None]
+    return positions, torch.ones(positions.shape[:2], dtype=torch.bool)
+
+
+RIGHT, LEFT, DOWN, STAY = (2.0, 0.0), (-2.0, 0.0), (0.0, 2.0), (0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ([RIGHT] * 4, [RIGHT] * 4, 1.0),
+        ([RIGHT] * 4, [(5.0, 0.0)] * 4, 1.0),  # how fast does not count
+        ([RIGHT] * 4, [LEFT] * 4, -1.0),
+        ([RIGHT] * 4, [DOWN] * 4, 0.0),
+        ([RIGHT] * 4, [(1.0, 1.0)] * 4, math.sqrt(0.5)),
+        ([RIGHT] * 4, [STAY] * 4, 0.0),
+        ([RIGHT] * 4, [RIGHT, RIGHT, LEFT, STAY], (1 + 1 - 1 + 0) / 4),
+        ([RIGHT, RIGHT, STAY, STAY], [RIGHT, DOWN, STAY, STAY], 0.5),  # both stand: no step to compare
+    ],
+)
+def test_agreement_by_hand(first, second, expected):
+    one, two = straight(*first), straight(*second)
+    assert aligned(one, two, 256) == pytest.approx(expected, abs=1e-6)
+    assert aligned(two, one, 256) == pytest.approx(expected, abs=1e-6)
+
+
+def test_nothing_that_moves_is_undefined_and_hidden_steps_do_not_count():
+    assert math.isnan(aligned(straight(*[STAY] * 4), straight(*[STAY] * 4), 256))
+    one, two = straight(*[RIGHT] * 4), straight(RIGHT, RIGHT, LEFT, LEFT)
+    two[1][3:] = False
+    assert aligned(one, two, 256) == 1.0
+
+
+def test_standing_scales_with_the_width():
+    slow = straight(*[(0.3, 0.0)] * 4)
+    assert moving(slow, 256).all()
+    assert not moving(slow, 512).any()
+
+
+def test_points_that_move_in_one_clip_only_count_as_unrelated():
+    one, two = straight(*[RIGHT] * 4), straight(*[RIGHT] * 4)
+    two[0][:, 2:] = two[0][:1, 2:]
+    assert aligned(one, two, 256) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(("shift", "expected"), [((0.3, 0.0), 1), ((-0.3, 0.0), -1), ((0.0, 0.3), 0)])
+def test_optical_flow_finds_the_motion_of_real_clips(shift, expected):
+    """Two clips of different looks: agreement follows the motion."""
+    points = grid_points(SIDE, SIDE)
+    scene, _ = pan(0.3, 0.0)
+    _, other = pan(*shift, colour="brown", pattern="checkered")
+    found = aligned(of_world(tracks(scene, points)), flow_tracks(other, points), SIDE)
+    assert found == pytest.approx(expected, abs=0.15)
+
+
+def test_flow_tracks_are_where_the_exact_ones_are():
+    points = grid_points(SIDE, SIDE)
+    scene, frames = pan(0.25, 0.1)
+    exact, (found, visible) = tracks(scene, points), flow_tracks(frames, points)
+    both = visible & exact.visible
+    error = (found - exact.points).norm(dim=-1)[both]
+    assert both.float().mean() > 0.6
+    assert error.median() < 0.5
+    assert error.mean() < 1.0
+
+
+def test_a_clip_agrees_with_itself_and_not_with_its_reverse():
+    points = grid_points(192, 192)
+    frames = render(sample(21, category="single", motion="line"))
+    there = flow_tracks(frames, points)
+    assert aligned(there, there, 192) == pytest.approx(1, abs=1e-5)
+    assert aligned(there, flow_tracks(frames.flip(0), points), 192) < 0.1
+
+
+def test_flipping_a_clip_flips_the_sign_of_horizontal_motion():
+    points = grid_points(SIDE, SIDE)
+    _, frames = pan(0.3, 0.0)
+    assert aligned(flow_tracks(frames, points), flow_tracks(frames.flip(-1), points), SIDE) < -0.8
+
+
+def test_brightness_does_not_matter():
+    points = grid_points(SIDE, SIDE)
+    scene, frames = pan(0.2, 0.2)
+    exact = of_world(tracks(scene, points))
+    dark = (frames.float() * 0.7).to(torch.uint8)
+    assert aligned(exact, flow_tracks(dark, points), SIDE) == pytest.approx(
+        aligned(exact, flow_tracks(frames, points), SIDE), abs=0.03
+    )
+
+
+@given(angle=st.floats(0, 6.28), scale=st.floats(0.5, 3))
+def test_correlation_of_paths(angle, scale):
+    time = torch.linspace(0, 3, 12)
+    path = 20 * torch.stack([time.cos(), time.sin() + 0.3 * time], -1)
+    assert trajectory_correlation(path, scale * path + 7) == pytest.approx(1, abs=1e-5)
+    assert trajectory_correlation(path, -path) == pytest.approx(-1, abs=1e-5)
+    turn = torch.tensor([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
+    assert trajectory_correlation(path, path @ turn.T) == pytest.approx(math.cos(angle), abs=1e-4)
+
+
+def test_paths_that_stand_or_are_lost_have_no_correlation():
+    path = torch.linspace(0, 30, 12)[:, None].expand(-1, 2)
+    assert math.isnan(trajectory_correlation(path, torch.zeros(12, 2)))
+    lost = path.clone()
+    lost[:7] = float("nan")
+    assert math.isnan(trajectory_correlation(path, lost))
+    lost = path.clone()
+    lost[:3] = float("nan")
+    assert trajectory_correlation(path, lost) == pytest.approx(1)
+
+
+def test_jerk_is_nothing_for_even_motion_and_large_for_jumps():
+    time = torch.arange(10.0)
+    assert jerk(torch.stack([3 * time, time], -1)) == pytest.approx(0, abs=1e-5)
+    assert jerk(torch.stack([3 * time, time**2], -1)) == pytest.approx(0, abs=1e-4)
+    jumps = torch.stack([time % 2, 0 * time], -1)
+    assert jerk(jumps) == pytest.approx(4)

@@ -1,0 +1,265 @@
+"""The training loop on a problem of a few numbers, and both stages on models of a few weights."""
+
+import json
+from random import Random
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, WanPipeline
+from torch import nn
+
+from vmt_core import Backbone
+from vmt_core.pretraining import export, loop, pool
+from vmt_core.pretraining.dit import DitStage, shifted
+from vmt_core.pretraining.loop import Phase, Run
+from vmt_core.pretraining.vae import VaeStage, crop, look_at_one_frame, pixels
+from vmt_core.world import render, sample, split
+
+PHASES = (Phase(30, ((4, 1, 1, 1),), 0.1, warmup=5), Phase(20, ((4, 1, 1, 1),), 0.05, warmup=2, decay_to=0.0))
+
+
+class Line(nn.Module):
+    """y = a x + b, with the loss inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def forward(self, x):
+        error = (self.layer(x) - (3 * x + 1)).square().mean()
+        return error, {"error": error.item()}
+
+
+class LineStage:
+    name, ema_decay, phases = "line", 0.9, PHASES
+
+    def __init__(self, name="line"):
+        torch.manual_seed(0)
+        self.name, self.module = name, Line()
+
+    def optimizers(self):
+        return [
+            torch.optim.AdamW([self.module.layer.weight], lr=1.0),
+            torch.optim.SGD([self.module.layer.bias], lr=1.0),
+        ]
+
+    def batch(self, step, rank):
+        return (torch.randn(16, 1, generator=torch.Generator().manual_seed(1000 * rank + step)),)
+
+    def validate(self, module):
+        return {"error": module(torch.linspace(-1, 1, 9)[:, None])[1]["error"]}
+
+
+def trained(run, **options):
+    seen = []
+    loop.train(run, minutes=options.pop("minutes", 5), report=lambda logs, save: seen.append((logs, save)), **options)
+    return seen
+
+
+def weights(run):
+    return torch.cat(
+        [
+            value.flatten()
+            for value in [*run.stage.module.state_dict().values(), *run.average.module.state_dict().values()]
+        ]
+    )
+
+
+def test_it_learns_validates_and_saves_at_the_end():
+    run = Run(LineStage())
+    seen = trained(run, validate_every=20)
+    assert run.done
+    assert [logs["step"] for logs, _ in seen] == list(range(1, 51))
+    assert seen[-1][0]["loss"] < 0.2 * seen[0][0]["loss"]
+    validated = [logs["step"] for logs, _ in seen if "validation/error" in logs]
+    assert validated == [20, 40, 50]
+    assert [save for _, save in seen] == [False] * 49 + [True]
+
+
+def test_a_run_that_goes_on_is_the_run_that_never_stopped(tmp_path):
+    whole = Run(LineStage())
+    trained(whole)
+    first = Run(LineStage())
+    for _ in range(23):
+        first.train_step()
+    first.save(tmp_path / "saved")
+    again = Run(LineStage())
+    again.load(tmp_path / "saved")
+    assert again.step == 23
+    trained(again)
+    assert torch.equal(weights(again), weights(whole))
+
+
+def test_time_is_kept_and_what_was_done_is_saved():
+    run = Run(LineStage())
+    seen = trained(run, minutes=0)
+    assert run.step == 1
+    assert seen[-1][1]
+    assert all(save for _, save in trained(Run(LineStage()), checkpoint_minutes=0))
+
+
+def test_nothing_is_done_where_nothing_is_left():
+    run = Run(LineStage())
+    run.step = 50
+    assert trained(run) == []
+
+
+def test_a_checkpoint_of_something_else_is_refused(tmp_path):
+    Run(LineStage()).save(tmp_path / "saved")
+    with pytest.raises(ValueError, match="a checkpoint of stage line, not of circle"):
+        Run(LineStage("circle")).load(tmp_path / "saved")
+    state = json.loads((tmp_path / "saved" / "state.json").read_text())
+    (tmp_path / "saved" / "state.json").write_text(json.dumps(state | {"stage": "vae"}))
+    with pytest.raises(ValueError, match="not of this architecture"):
+        Run(VaeStage()).load(tmp_path / "saved")
+
+
+def test_a_gradient_that_is_not_finite_stops_the_training():
+    run = Run(LineStage())
+    run.stage.batch = lambda step, rank: (torch.full((4, 1), float("inf")),)
+    with pytest.raises(FloatingPointError, match="line: the gradient at step 0 is not finite"):
+        run.train_step()
+
+
+def test_learning_rates_warm_up_and_decay_in_each_phase():
+    rates = [loop.learning_rate(PHASES, step) for step in range(50)]
+    assert rates[0] == pytest.approx(0.02)
+    assert max(rates) <= 0.1
+    assert rates[29] == pytest.approx(0.1 * 0.1, rel=0.05)
+    assert rates[30] == pytest.approx(0.025)
+    assert rates[49] < 0.001
+    assert loop.scaled(PHASES, 0.1)[0].steps == 3
+
+
+def test_the_moving_average_forgets_its_beginning():
+    update = loop.moving_average(0.9)
+    mean = [torch.tensor(100.0)]
+    for count in range(1, 60):
+        update(mean, [torch.tensor(1.0)], count)
+    assert mean[0] == pytest.approx(1.0, abs=0.3)
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """A VAE of one training step, as `save_vae` writes it."""
+    folder = tmp_path_factory.mktemp("vae")
+    patch = pytest.MonkeyPatch()
+    patch.setattr(export, "_CLIPS", 3)
+    run = Run(VaeStage(phases=(Phase(1, ((1, 5, 32, 32),), 1e-3),)))
+    run.train_step()
+    export.save_vae(run.average.module, folder)
+    patch.undo()
+    return AutoencoderKLWan.from_pretrained(folder)
+
+
+def test_the_statistics_make_latents_of_unit_variance(few):
+    clips = [pixels(render(sample(20 * index, height=128, width=128))).unsqueeze(0) for index in range(3)]
+    mean, std = (
+        torch.tensor(values).view(1, -1, 1, 1, 1) for values in (few.config.latents_mean, few.config.latents_std)
+    )
+    with torch.no_grad():
+        latents = torch.cat([(few.encode(clip).latent_dist.mode() - mean) / std for clip in clips])
+    torch.testing.assert_close(latents.mean((0, 2, 3, 4)), torch.zeros(16), atol=1e-4, rtol=0)
+    torch.testing.assert_close(latents.std((0, 2, 3, 4)), torch.ones(16), atol=1e-3, rtol=0)
+
+
+def test_a_fresh_autoencoder_treats_every_frame_alike():
+    """So a still clip decodes without flicker before anything of time was learnt."""
+    vae = VaeStage().module.vae.eval()
+    still = pixels(render(sample(0, frames=1, height=32, width=32))).unsqueeze(0)
+    with torch.no_grad():
+        one = vae.decode(vae.encode(still).latent_dist.mode()).sample
+        many = vae.decode(vae.encode(still.expand(-1, -1, 9, -1, -1)).latent_dist.mode()).sample
+    torch.testing.assert_close(many, one.expand_as(many), atol=1e-4, rtol=1e-3)
+    usual = AutoencoderKLWan(**{name: vae.config[name] for name in ("base_dim", "z_dim", "dim_mult", "num_res_blocks")},
+                             temperal_downsample=[True, True], in_channels=12, out_channels=12, patch_size=2)  # fmt: skip
+    with torch.no_grad():
+        many = usual.decode(usual.encode(still.expand(-1, -1, 9, -1, -1)).latent_dist.mode()).sample
+        assert many.diff(dim=2).abs().mean() > 1e-3
+        look_at_one_frame(usual)
+        many = usual.decode(usual.encode(still.expand(-1, -1, 9, -1, -1)).latent_dist.mode()).sample
+        assert many.diff(dim=2).abs().max() < 1e-4
+
+
+def test_crops_are_of_train_scenes_and_some_stand_still():
+    clips = [crop(Random(index), 5, 64, 64) for index in range(60)]
+    assert all(clip.shape == (3, 5, 64, 64) and clip.abs().max() <= 1 for clip in clips)
+    still = sum(bool((clip == clip[:, :1]).all()) for clip in clips)
+    assert 4 <= still < 50
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setattr(pool, "CLIPS_A_SHARD", 4)
+    monkeypatch.setattr(pool, "FIRST_SHARDS", 1)
+    monkeypatch.setattr(pool, "STEPS_A_SHARD", 2)
+    monkeypatch.setattr(pool, "MOST_SHARDS", 2)
+
+
+DIT = (Phase(3, ((2, 5, 32, 32),), 1.0, warmup=1), Phase(2, ((1, 5, 32, 48),), 0.5, warmup=1))
+
+
+def test_the_transformer_trains_resumes_and_becomes_a_model(few, small, tmp_path):
+    whole = Run(DitStage(few, tmp_path / "latents", phases=DIT))
+    seen = trained(whole, validate_every=5)
+    assert {"validation/loss", "validation/loss_wrong_captions"} <= set(seen[-1][0])
+    half = Run(DitStage(few, tmp_path / "others", phases=DIT))
+    half.train_step()
+    half.train_step()
+    half.save(tmp_path / "saved")
+    assert max(file.stat().st_size for file in (tmp_path / "saved").iterdir()) < 16 * 2**20
+    again = Run(DitStage(few, tmp_path / "third", phases=DIT))
+    again.load(tmp_path / "saved")
+    trained(again)
+    assert torch.equal(weights(again), weights(whole))
+    export.save_pipeline(again.average.module, few, tmp_path / "model")
+    size = sum(file.stat().st_size for file in (tmp_path / "model").rglob("*") if file.is_file())
+    assert size < 24 * 2**20
+    made = WanPipeline.from_pretrained(tmp_path / "model")(
+        "a red circle", height=32, width=32, num_frames=5, num_inference_steps=1, output_type="pt"
+    )
+    assert made.frames.shape == (1, 5, 3, 32, 32)
+    assert Backbone.load(str(tmp_path / "model")).caption("a red circle").shape == (4, 128)
+
+
+def test_the_pool_is_renewed_and_follows_from_the_step(few, small, tmp_path):
+    size = (5, 32, 32)
+    first = pool.LatentPool(few, tmp_path / "a")
+    latents, seeds = first.draw(Random(1), 0, 6, size)
+    assert latents.shape == (6, 16, 2, 4, 4)
+    assert {split(seed) for seed in seeds} == {"train"}
+    assert len(set(seeds)) <= 4
+    _, later = first.draw(Random(1), 8, 6, size)
+    assert not set(later) & set(seeds)
+    again, same = pool.LatentPool(few, tmp_path / "b").draw(Random(1), 8, 6, size)
+    assert same == later
+    torch.testing.assert_close(again, first.draw(Random(1), 8, 6, size)[0])
+    folder = next((tmp_path / "a").rglob("5x32x32"))
+    assert len(list(folder.iterdir())) == 2  # older ones are gone
+    held, validation = first.validation(size)
+    assert {split(seed) for seed in validation} == {"val"}
+    assert len(held) == len(validation) == 4
+
+
+def test_captions_belong_to_their_clips(few, small, tmp_path):
+    """The caption of a drawn clip is that of the scene that was encoded, whatever its size."""
+    stage = DitStage(few, tmp_path, phases=(Phase(5, ((3, 5, 32, 64),), 1.0),))
+    size = (5, 32, 64)
+    latents, seeds = stage.pool.draw(Random(0), 0, 3, size)
+    for latent, seed in zip(latents, seeds, strict=True):
+        scene = sample(seed, frames=5, height=32, width=64)
+        with torch.no_grad():
+            mode = few.encode(pixels(render(scene)).unsqueeze(0)).latent_dist.mode()[0]
+        mean, std = (
+            torch.tensor(values).view(-1, 1, 1, 1) for values in (few.config.latents_mean, few.config.latents_std)
+        )
+        torch.testing.assert_close(latent, ((mode - mean) / std), atol=0.05, rtol=0.02)
+        assert scene.background.pattern in stage._caption(seed, size)
+
+
+def test_noise_levels_lean_to_noise():
+    u = torch.linspace(0, 1, 11)
+    sigma = shifted(u)
+    assert sigma[0] == 0
+    assert sigma[-1] == 1
+    assert sigma[5] == pytest.approx(0.75)

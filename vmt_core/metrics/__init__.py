@@ -1,0 +1,1 @@
+"""Measures of motion and of what is seen; one file per kind. None of these needs weights from elsewhere."""

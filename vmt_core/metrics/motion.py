@@ -1,0 +1,109 @@
+"""Motion agreement of two clips, from tracks of their points: exact ones where the world gives them, else from optical flow.
+
+`aligned` is the headline number where a method is to keep the layout: +1 the same motion at the same places, 0 unrelated, -1 opposite.
+It compares directions of steps, frame by frame, of tracks that start at the same pixel. Chance level is 0.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import cv2
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import grid_sample
+
+from vmt_core.shapes import Frames
+from vmt_core.world.render import Tracks
+
+Positions = Float[Tensor, "frames n 2"]
+Visible = Bool[Tensor, "frames n"]
+
+MOVES = 0.25  # pixels a frame at a width of 256: less is standing still
+_LOST = 0.75  # pixels of forward-backward error at which a track ends
+
+
+def flow_tracks(frames: Frames, points: Float[Tensor, "n 2"]) -> tuple[Positions, Visible]:
+    """Tracks of points (x, y) of the first frame, by chained DIS optical flow with a forward-backward check.
+
+    A track that is lost or leaves the frame stays invisible from there on.
+    """
+    gray = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in frames.permute(0, 2, 3, 1).contiguous().numpy()]
+    flow = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    height, width = gray[0].shape
+    limit = points.new_tensor([width, height])
+    positions, visible = [points], [torch.ones(len(points), dtype=torch.bool)]
+    for first, second in pairwise(gray):
+        there = _at(flow.calc(first, second, np.zeros((0,), np.float32)), positions[-1])
+        moved = positions[-1] + there
+        back = _at(flow.calc(second, first, np.zeros((0,), np.float32)), moved)
+        inside = ((moved >= 0) & (moved < limit)).all(-1)
+        positions.append(moved)
+        visible.append(visible[-1] & inside & ((there + back).norm(dim=-1) <= _LOST))
+    return torch.stack(positions), torch.stack(visible)
+
+
+def aligned(
+    first: tuple[Positions, Visible], second: tuple[Positions, Visible], width: int, moves: float = MOVES
+) -> float:
+    """Mean, over points that move in either clip, of the cosine of their steps where both are seen and either moves.
+
+    nan if nothing moves in both.
+    """
+    least = moves * width / 256
+    one, two = first[0].diff(dim=0), second[0].diff(dim=0)
+    seen = first[1][1:] & first[1][:-1] & second[1][1:] & second[1][:-1]
+    mobile = moving(first, width, moves) | moving(second, width, moves)
+    long_one, long_two = one.norm(dim=-1) > least, two.norm(dim=-1) > least
+    steps = seen & (long_one | long_two) & mobile
+    cosine = (_unit(one) * _unit(two)).sum(-1) * (long_one & long_two)  # a step against a stand counts as unrelated
+    count = steps.sum(0)
+    if not bool((count > 0).any()):
+        return float("nan")
+    corr = (cosine * steps).sum(0)[count > 0] / count[count > 0]
+    return float(corr.mean())
+
+
+def moving(tracks: tuple[Positions, Visible], width: int, moves: float = MOVES) -> Bool[Tensor, " n"]:
+    """Tracks that are seen in half of the steps and move in half of those."""
+    steps = tracks[0].diff(dim=0).norm(dim=-1) > moves * width / 256
+    seen = tracks[1][1:] & tracks[1][:-1]
+    found: Tensor = (seen.sum(0) >= len(steps) / 2) & ((steps & seen).sum(0) >= seen.sum(0) / 2) & seen.any(0)
+    return found
+
+
+def trajectory_correlation(first: Float[Tensor, "frames 2"], second: Float[Tensor, "frames 2"]) -> float:
+    """Correlation of two paths about their means, x and y together, in [-1, 1]; nan if either stands still (under 2 pixels)."""
+    one, two = (path[~torch.isnan(first + second).any(-1)] for path in (first, second))
+    if len(one) < len(first) / 2:
+        return float("nan")
+    one, two = one - one.mean(0), two - two.mean(0)
+    if min(one.norm(dim=-1).max(), two.norm(dim=-1).max()) < 2:
+        return float("nan")
+    return float((one * two).sum() / (one.norm() * two.norm()))
+
+
+def jerk(path: Float[Tensor, "frames 2"]) -> float:
+    """Mean length of the third difference over the mean length of a step: how unevenly something moves, without unit."""
+    steps = path.diff(dim=0).norm(dim=-1).mean()
+    return float(path.diff(n=3, dim=0).norm(dim=-1).mean() / steps.clamp(min=1e-6))
+
+
+def of_world(tracks: Tracks) -> tuple[Positions, Visible]:
+    """Exact tracks, for `aligned`: a point that was hidden may be seen again."""
+    return tracks.points, tracks.visible
+
+
+def _unit(steps: Tensor) -> Tensor:
+    length: Tensor = torch.linalg.vector_norm(steps, dim=-1, keepdim=True)
+    return steps / length.clamp(min=1e-6)
+
+
+def _at(flow: np.ndarray, points: Tensor) -> Tensor:
+    """A flow field (H, W, 2) at points (n, 2) in pixels, linearly."""
+    field = torch.from_numpy(flow).permute(2, 0, 1).unsqueeze(0)
+    size = points.new_tensor([flow.shape[1], flow.shape[0]])
+    grid = (2 * points / size - 1).view(1, 1, -1, 2)  # pixel centres are at .5
+    return grid_sample(field, grid, mode="bilinear", padding_mode="border", align_corners=False)[0, :, 0].T
