@@ -32,7 +32,7 @@ from schemas import PretrainSettings, StageSettings, UsageError
 from vmt_core.pretraining import loop
 from vmt_core.pretraining.dit import DitStage
 from vmt_core.pretraining.export import save_pipeline, save_vae
-from vmt_core.pretraining.vae import VaeStage
+from vmt_core.pretraining.vae import DecoderStage, VaeStage
 
 _SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's own, of a run that has a checkpoint
 
@@ -52,7 +52,7 @@ def run(settings: PretrainSettings, say: Callable[[str], None] = print) -> None:
         )
     if settings.resume and not begun:
         raise UsageError(f"--output {settings.output}: has no checkpoint of stage {settings.stage} to --resume")
-    if settings.stage == "dit" and not storage.exists(join(settings.output, "vae", "weights", "config.json")):
+    if settings.stage != "vae" and not storage.exists(join(settings.output, "vae", "weights", "config.json")):
         raise UsageError(f"--output {settings.output}: has no trained autoencoder; run --stage vae first")
     filesystem, path = storage.arrow(absolute(settings.output))
     gpu = settings.device == "cuda"
@@ -82,7 +82,7 @@ def run(settings: PretrainSettings, say: Callable[[str], None] = print) -> None:
 
 
 def _weights(settings: PretrainSettings) -> str:
-    return join(settings.output, "wan-nano") if settings.stage == "dit" else join(settings.output, "vae", "weights")
+    return join(settings.output, *(["wan-nano"] if settings.stage == "dit" else ["vae", "weights"]))
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ def _worker(config: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory(prefix="vmt-pretrain-") as scratch:
         work = Path(scratch)
         stage = _stage(settings, storage, work)
-        wrap: Callable[[nn.Module], nn.Module] = ray.train.torch.prepare_model if workers > 1 else _same
+        wrap = _data_parallel if workers > 1 else _same
         run = loop.Run(stage, device=settings.device, wrap=wrap)
         if checkpoint := ray.train.get_checkpoint():
             with checkpoint.as_directory() as saved:
@@ -134,8 +134,9 @@ def _worker(config: dict[str, Any]) -> None:
 
 
 def _stage(settings: PretrainSettings, storage: Storage, work: Path) -> VaeStage | DitStage:
+    stage: VaeStage | DitStage
     if settings.stage == "vae":
-        stage: VaeStage | DitStage = VaeStage(settings.seed)
+        stage = VaeStage(settings.seed)
     else:
         weights = join(settings.output, "vae", "weights")
         for name in storage.details(weights):
@@ -143,12 +144,19 @@ def _stage(settings: PretrainSettings, storage: Storage, work: Path) -> VaeStage
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(storage.read(join(weights, name)))
         vae = AutoencoderKLWan.from_pretrained(work / "vae", use_safetensors=True).to(settings.device)
-        cache = Path(
-            settings.cache or Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "vmt" / "latents"
-        )
-        stage = DitStage(vae, cache, settings.seed)
+        if settings.stage == "decoder":
+            stage = DecoderStage(vae, settings.seed)
+        else:
+            users = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+            stage = DitStage(vae, Path(settings.cache or users / "vmt" / "latents"), settings.seed)
     stage.phases = loop.scaled(stage.phases, settings.steps_scale)
     return stage
+
+
+def _data_parallel(module: nn.Module) -> nn.Module:
+    """Single frames leave the autoencoder's layers of time without a gradient."""
+    wrapped: nn.Module = ray.train.torch.prepare_model(module, parallel_strategy_kwargs={"find_unused_parameters": True})
+    return wrapped
 
 
 def _same(module: nn.Module) -> nn.Module:

@@ -241,7 +241,9 @@ class SynthesizeSettings(JobSettings):
 class PretrainSettings(JobSettings):
     """Trains wan-nano, first its autoencoder, then its transformer, from the procedural world. Run again with --resume to go on."""
 
-    stage: Literal["vae", "dit"] = Field(description="vae first, then dit on its latents")
+    stage: Literal["vae", "dit", "decoder"] = Field(
+        description="vae first, then dit on its latents; decoder trains the vae's decoder on, and leaves the latents as they are"
+    )
     output: str = Field(
         default="out/pretrain", description="folder or prefix for checkpoints, logs and the exported model"
     )

@@ -27,12 +27,13 @@ CONFIG: dict[str, Any] = {
 }
 #: Small frames first, which is where words are learnt; then the native size, other shapes and longer clips.
 PHASES = (
-    Phase(6000, ((24, 17, 128, 128),), 1.0, warmup=100, decay_to=0.3),
+    Phase(6000, ((24, 17, 128, 128),), 1.0, warmup=100, decay_to=0.4),
     Phase(
         4000,
         (*((12, 17, 192, 192),) * 5, (12, 17, 160, 224), (12, 17, 224, 160), (6, 33, 192, 192)),
-        0.5,
-        decay_to=0.05,
+        0.6,
+        decay_to=0.02,
+        renew=60,
     ),
 )
 SHIFT = 3.0
@@ -104,9 +105,10 @@ class DitStage:
     def batch(self, step: int, rank: int) -> tuple[Tensor, ...]:
         random = Random(f"dit {self.seed} {step} {rank}")
         generator = torch.Generator().manual_seed(random.getrandbits(63))
-        count, frames, height, width = random.choice(phase_at(self.phases, step)[0].clips)
+        phase, within = phase_at(self.phases, step)
+        count, frames, height, width = random.choice(phase.clips)
         size = (frames, height, width)
-        latents, seeds = self.pool.draw(random, step, count, size)
+        latents, seeds = self.pool.draw(random, within, count, size, renew=phase.renew)
         sigma = shifted(torch.randn(count, generator=generator).sigmoid())
         length = WAN_LENGTH if random.random() < LONG_CAPTIONS else SHORT_LENGTH
         captions = ["" if random.random() < EMPTY_CAPTIONS else self._caption(seed, size, random) for seed in seeds]

@@ -22,8 +22,9 @@ def save_vae(module: nn.Module, folder: Path) -> None:
     """Writes the autoencoder in fp32, with the statistics of its latents in the configuration."""
     assert isinstance(module, VaeLoss)
     vae = module.vae.eval()
-    mean, std = latent_statistics(vae)
-    vae.register_to_config(latents_mean=mean, latents_std=std)
+    if not module.decoder_only:  # else they are what they were
+        mean, std = latent_statistics(vae)
+        vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.save_pretrained(folder)
 
 

@@ -33,6 +33,7 @@ class Phase:
     learning_rate: float
     warmup: int = 200
     decay_to: float = 0.1  # of the learning rate, at the phase's end
+    renew: int = 20  # steps after which new clips join the cached ones (transformer)
 
 
 class Stage(Protocol):

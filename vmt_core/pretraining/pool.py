@@ -18,10 +18,9 @@ from vmt_core.world.sample import sample
 
 Size = tuple[int, int, int]  # frames, height, width
 
-CLIPS_A_SHARD = 64
-FIRST_SHARDS = 6  # made before the first step
-STEPS_A_SHARD = 40  # a new one for each so many steps
-MOST_SHARDS = 48  # kept; older ones go
+CLIPS_A_SHARD = 32
+FIRST_SHARDS = 8  # there at the first step
+MOST_SHARDS = 192  # kept; older ones go
 
 
 class LatentPool:
@@ -34,9 +33,14 @@ class LatentPool:
         self.shards: dict[tuple[Size, int], Tensor] = {}
         self.begun: dict[Size, int] = {}
 
-    def draw(self, random: Random, step: int, count: int, size: Size) -> tuple[Tensor, list[int]]:
-        """Normalised latents (count, 16, F, H, W) and the seeds of their scenes."""
-        newest = FIRST_SHARDS + step // STEPS_A_SHARD
+    def draw(self, random: Random, step: int, count: int, size: Size, *, renew: int) -> tuple[Tensor, list[int]]:
+        """Normalised latents (count, 16, F, H, W) and the seeds of their scenes.
+
+        Args:
+            step: since clips of this size are trained on.
+            renew: steps after which a shard is added.
+        """
+        newest = FIRST_SHARDS + step // renew
         oldest = max(0, newest - MOST_SHARDS)
         self._forget(size, oldest)
         rows, seeds = [], []
@@ -85,7 +89,9 @@ class LatentPool:
                 render(sample(seed, frames=frames, height=height, width=width)) for seed in seeds[start : start + 4]
             ]
             pixels = torch.stack(clips).to(device).transpose(1, 2).float() / 127.5 - 1
-            rows.append(((self.vae.encode(pixels).latent_dist.mode() - mean) / std).to("cpu", torch.bfloat16))
+            with torch.autocast(device.type, torch.bfloat16):  # two to four times faster, an error of 1 %
+                latents = self.vae.encode(pixels).latent_dist.mode()
+            rows.append(((latents.float() - mean) / std).to("cpu", torch.bfloat16))
         return torch.cat(rows)
 
 

@@ -29,9 +29,12 @@ CONFIG: dict[str, Any] = {
 #: Clips from the start stall, and the causal decoder does not extrapolate in time: single frames first, then every length on offer.
 PHASES = (
     Phase(1300, ((24, 1, 64, 64),), 1e-3, decay_to=0.5),
-    Phase(2200, (*((6, 9, 64, 64),) * 5, (24, 1, 64, 64)), 1e-3, warmup=50, decay_to=0.7),
-    Phase(1400, ((4, 17, 64, 64), (6, 9, 64, 64), (6, 9, 64, 64), (2, 33, 64, 64), (24, 1, 64, 64)), 3e-4, decay_to=0.05),
+    Phase(2000, (*((6, 9, 64, 64),) * 5, (24, 1, 64, 64)), 1e-3, warmup=50, decay_to=0.8),
+    Phase(1000, ((4, 17, 64, 64), (6, 9, 64, 64), (6, 9, 64, 64), (2, 33, 64, 64), (24, 1, 64, 64)), 7e-4, decay_to=0.05),
 )
+
+#: Of the decoder alone, for the latents of an encoder that is done.
+DECODER_PHASES = (Phase(4000, PHASES[-1].clips, 6e-4, decay_to=0.01),)
 
 
 class VaeLoss(nn.Module):
@@ -40,14 +43,21 @@ class VaeLoss(nn.Module):
     Places where anything moves count more: single frames have taught the rest.
     """
 
-    def __init__(self, vae: AutoencoderKLWan, kl_weight: float = 2e-4, moving_weight: float = 4.0) -> None:
+    def __init__(
+        self, vae: AutoencoderKLWan, *, decoder_only: bool = False, kl_weight: float = 2e-4, moving_weight: float = 4.0
+    ) -> None:
         super().__init__()
-        self.vae, self.kl_weight, self.moving_weight = vae, kl_weight, moving_weight
+        self.vae, self.decoder_only = vae, decoder_only
+        self.kl_weight, self.moving_weight = kl_weight, moving_weight
+        if decoder_only:
+            for part in (vae.encoder, vae.quant_conv):
+                part.requires_grad_(False)
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Logs]:
         """(B, 3, T, H, W) in [-1, 1]."""
         with torch.autocast(pixels.device.type, torch.bfloat16):
-            posterior = self.vae.encode(pixels).latent_dist
+            with torch.set_grad_enabled(not self.decoder_only):
+                posterior = self.vae.encode(pixels).latent_dist
             decoded = self.vae.decode(posterior.sample()).sample.float()
         error = decoded - pixels
         moving = (pixels.amax(2, keepdim=True) - pixels.amin(2, keepdim=True)).amax(1, keepdim=True) > 0.1
@@ -72,7 +82,8 @@ class VaeStage:
         self.module = VaeLoss(vae)
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
-        return [torch.optim.AdamW(self.module.parameters(), lr=1.0, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)]
+        trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]
+        return [torch.optim.AdamW(trained, lr=1.0, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)]
 
     def batch(self, step: int, rank: int) -> tuple[Tensor, ...]:
         random = Random(f"vae {self.seed} {step} {rank}")
@@ -97,6 +108,16 @@ class VaeStage:
         decoded = vae.decode(vae.encode(still).latent_dist.mode()).sample.clamp(-1, 1)
         logs["flicker"] = (decoded.diff(dim=2).abs().mean() * 127.5).item()
         return logs
+
+
+class DecoderStage(VaeStage):
+    """Trains the decoder on, for latents that stay what they are: a transformer that was trained on them goes on to fit."""
+
+    name = "decoder"
+
+    def __init__(self, vae: AutoencoderKLWan, seed: int = 0, phases: tuple[Phase, ...] = DECODER_PHASES) -> None:
+        super().__init__(seed, phases)
+        self.module = VaeLoss(vae, decoder_only=True)
 
 
 def look_at_one_frame(vae: AutoencoderKLWan) -> None:

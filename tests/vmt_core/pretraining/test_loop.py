@@ -192,7 +192,6 @@ def test_crops_are_of_train_scenes_and_some_stand_still():
 def small(monkeypatch):
     monkeypatch.setattr(pool, "CLIPS_A_SHARD", 4)
     monkeypatch.setattr(pool, "FIRST_SHARDS", 1)
-    monkeypatch.setattr(pool, "STEPS_A_SHARD", 2)
     monkeypatch.setattr(pool, "MOST_SHARDS", 2)
 
 
@@ -225,15 +224,15 @@ def test_the_transformer_trains_resumes_and_becomes_a_model(few, small, tmp_path
 def test_the_pool_is_renewed_and_follows_from_the_step(few, small, tmp_path):
     size = (5, 32, 32)
     first = pool.LatentPool(few, tmp_path / "a")
-    latents, seeds = first.draw(Random(1), 0, 6, size)
+    latents, seeds = first.draw(Random(1), 0, 6, size, renew=2)
     assert latents.shape == (6, 16, 2, 4, 4)
     assert {split(seed) for seed in seeds} == {"train"}
     assert len(set(seeds)) <= 4
-    _, later = first.draw(Random(1), 8, 6, size)
+    _, later = first.draw(Random(1), 8, 6, size, renew=2)
     assert not set(later) & set(seeds)
-    again, same = pool.LatentPool(few, tmp_path / "b").draw(Random(1), 8, 6, size)
+    again, same = pool.LatentPool(few, tmp_path / "b").draw(Random(1), 8, 6, size, renew=2)
     assert same == later
-    torch.testing.assert_close(again, first.draw(Random(1), 8, 6, size)[0])
+    torch.testing.assert_close(again, first.draw(Random(1), 8, 6, size, renew=2)[0])
     folder = next((tmp_path / "a").rglob("5x32x32"))
     assert len(list(folder.iterdir())) == 2  # older ones are gone
     held, validation = first.validation(size)
@@ -245,7 +244,7 @@ def test_captions_belong_to_their_clips(few, small, tmp_path):
     """The caption of a drawn clip is that of the scene that was encoded, whatever its size."""
     stage = DitStage(few, tmp_path, phases=(Phase(5, ((3, 5, 32, 64),), 1.0),))
     size = (5, 32, 64)
-    latents, seeds = stage.pool.draw(Random(0), 0, 3, size)
+    latents, seeds = stage.pool.draw(Random(0), 0, 3, size, renew=2)
     for latent, seed in zip(latents, seeds, strict=True):
         scene = sample(seed, frames=5, height=32, width=64)
         with torch.no_grad():
