@@ -60,7 +60,9 @@ def main() -> None:
         part = [transfers.Outcome(one.name, [one.rows[row] for row in rows], seconds=0) for one in outcomes]
         print(f"\n{category}, {len(rows)} pairs\n\n{transfers.table(part)}")
     if arguments.sheet:
-        shown = [[render(pair.reference), *(one.clips[row] for one in outcomes[:3])] for row, pair in enumerate(chosen[:12])]
+        shown = [
+            [render(pair.reference), *(one.clips[row] for one in outcomes[:3])] for row, pair in enumerate(chosen[:12])
+        ]
         Image.fromarray(transfers.sheet(shown).permute(1, 2, 0).numpy()).save(arguments.sheet)
 
 

@@ -1,6 +1,6 @@
 """What wan-nano can do: autoencoder, text, unguided motion. The numbers of its model card.
 
-    python benchmarks/nano.py --clips 200 --sheet sheet.png
+python benchmarks/nano.py --clips 200 --sheet sheet.png
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def autoencoder(backbone: Backbone, clips: int = 24) -> None:
                 flicker.append(still.float().diff(dim=0).abs().mean())
         values = torch.cat(latents, 1)
         mean = -10 * torch.stack(errors).log10().mean()
-        line = f"{frames}x{height}x{width}: PSNR {mean:.2f} dB, latents mean {values.mean():+.3f} std {values.std():.3f}"
+        line = (
+            f"{frames}x{height}x{width}: PSNR {mean:.2f} dB, latents mean {values.mean():+.3f} std {values.std():.3f}"
+        )
         print(line + (f", flicker {torch.stack(flicker).mean():.3f}/255" if flicker else ""), flush=True)
 
 
@@ -91,8 +93,12 @@ def main() -> None:
     clips = generate(backbone, scenes)
     print(f"judge on {len(clips)} samples: {judge.mean(judge.verdicts(reader, clips, scenes))}")
     jerks = [torch.tensor(smoothness(some, scenes)) for some in (real, clips)]
-    print(f"jerk: real {jerks[0].median():.3f} ({len(jerks[0])} clips), samples {jerks[1].median():.3f} ({len(jerks[1])} clips)")
-    print(f"first and last frame show the same: real {identity(reader, real):.3f}, samples {identity(reader, clips):.3f}")
+    print(
+        f"jerk: real {jerks[0].median():.3f} ({len(jerks[0])} clips), samples {jerks[1].median():.3f} ({len(jerks[1])} clips)"
+    )
+    print(
+        f"first and last frame show the same: real {identity(reader, real):.3f}, samples {identity(reader, clips):.3f}"
+    )
     if arguments.sheet:
         rows = [[real[index], clips[index]] for index in range(min(16, len(clips)))]
         Image.fromarray(transfers.sheet(rows).permute(1, 2, 0).numpy()).save(arguments.sheet)

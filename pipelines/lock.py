@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipelines.storage import Storage
+from pipelines.storage import Storage, describe
 from schemas import UsageError
 
 RENEW_S = 5.0
@@ -29,11 +29,13 @@ def held(storage: Storage, uri: str, *, renew_s: float = RENEW_S) -> Iterator[Ca
     """Holds the lock while the block runs; yields whether it still does (a process that slept may find it taken over).
 
     Raises:
-        UsageError: another run holds it.
-        OSError: it cannot be written.
+        UsageError: another run holds it, or it cannot be written.
     """
     mine = _identity()
-    _acquire(storage, uri, mine, patience=3 * renew_s)
+    try:
+        _acquire(storage, uri, mine, patience=3 * renew_s)
+    except OSError as error:
+        raise UsageError(f"{uri}: cannot be written ({describe(error)})") from error
     stop, lost = threading.Event(), threading.Event()
 
     def renew() -> None:

@@ -155,7 +155,9 @@ def _stage(settings: PretrainSettings, storage: Storage, work: Path) -> VaeStage
 
 def _data_parallel(module: nn.Module) -> nn.Module:
     """Single frames leave the autoencoder's layers of time without a gradient."""
-    wrapped: nn.Module = ray.train.torch.prepare_model(module, parallel_strategy_kwargs={"find_unused_parameters": True})
+    wrapped: nn.Module = ray.train.torch.prepare_model(
+        module, parallel_strategy_kwargs={"find_unused_parameters": True}
+    )
     return wrapped
 
 

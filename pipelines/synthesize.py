@@ -56,10 +56,9 @@ def run(settings: SynthesizeSettings, say: Callable[[str], None] = print) -> dic
         UsageError: what was asked cannot be made, or OUT holds clips of another kind.
         RunFailed: it stopped before its end; the same command goes on from there.
     """
-    if unknown := [name for name in settings.categories if name not in MOTIONS] or not settings.categories:
-        raise UsageError(
-            f"--categories: {unknown[0] if unknown is not True else 'none'} is not one of {', '.join(MOTIONS)}"
-        )
+    if not settings.categories or (unknown := [name for name in settings.categories if name not in MOTIONS]):
+        wrong = repr(unknown[0]) if settings.categories else "none"
+        raise UsageError(f"--categories: {wrong} is not one of {', '.join(MOTIONS)}")
     storage, began = Storage(settings.storage), time.monotonic()
     with lock.held(storage, join(settings.output, "run", "lock.json")):
         _claim(settings, storage)

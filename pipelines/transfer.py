@@ -22,7 +22,7 @@ from pipelines import cluster, lock, manifest, models, progress, report
 from pipelines.cluster import RunFailed
 from pipelines.ledger import ID, PARTITIONS, Ledger
 from pipelines.stage import begin
-from pipelines.storage import Storage, describe, join
+from pipelines.storage import Storage, join
 from pipelines.tracker import Tracker
 from schemas import ManifestRow, ResultRow, StageSettings, TransferSettings, UsageError
 from vmt_core.backbone import nano
@@ -50,11 +50,7 @@ def run(settings: TransferSettings, say: Callable[[str], None] = print) -> dict[
     except FileNotFoundError as error:
         raise UsageError(f"--model {error}") from error
     selection = manifest.check(storage, settings.manifest, revision=revision)
-    with contextlib.ExitStack() as stack:
-        try:
-            still_ours = stack.enter_context(lock.held(storage, join(settings.output, "run", "lock.json")))
-        except OSError as error:
-            raise UsageError(f"--output {settings.output}: cannot be written ({describe(error)})") from error
+    with lock.held(storage, join(settings.output, "run", "lock.json")) as still_ours:
         run_id = f"{started:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
         storage.write(join(settings.output, "run", "settings.json"), _json(settings.model_dump(mode="json")))
         ledger = Ledger(storage, settings.output, say)

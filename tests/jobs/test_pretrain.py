@@ -13,7 +13,9 @@ FEW = ["--steps-scale", "0.001", "--threads", 1, "--no-compile"]  # 1 + 2 + 1 st
 
 def steps(folder):
     """Every step that is in the logs, in order."""
-    lines = [json.loads(line) for file in sorted(folder.glob("steps-*.jsonl")) for line in file.read_text().splitlines()]
+    lines = [
+        json.loads(line) for file in sorted(folder.glob("steps-*.jsonl")) for line in file.read_text().splitlines()
+    ]
     return [line["step"] for line in lines]
 
 

@@ -74,7 +74,16 @@ def test_plan_takes_the_dataset_with_its_captions_and_categories(made, model, pr
     flags = ["--model", model, "--preset", "nano", "--height", 48, "--width", 64, "--frames", 5, "--steps", 2]
     for references, count in ((output, 50), (output / "references" / "split=test", 2)):
         code, text = jobs.run(
-            "plan", "--references", references, "--prompts", prompts, "--methods", "none", "--output", tmp_path / "m", *flags
+            "plan",
+            "--references",
+            references,
+            "--prompts",
+            prompts,
+            "--methods",
+            "none",
+            "--output",
+            tmp_path / "m",
+            *flags,
         )
         assert code == 0, text
         assert f" {count} references x" in text
@@ -111,7 +120,9 @@ def test_seeds_of_a_split_and_categories_in_turn():
     assert {category_of(seed, settings) for seed in seeds(settings)[:4]} == set(settings.categories)
     everything = SynthesizeSettings(count=4, output="x")
     assert {category_of(seed, everything) for seed in seeds(everything)} == set(everything.categories)
-    assert {category_of(seed, SynthesizeSettings(count=9, output="x", categories=("single",))) for seed in range(9)} == {"single"}
+    assert {
+        category_of(seed, SynthesizeSettings(count=9, output="x", categories=("single",))) for seed in range(9)
+    } == {"single"}
 
 
 def test_killed_on_s3_the_same_command_goes_on(bucket):
@@ -123,8 +134,9 @@ def test_killed_on_s3_the_same_command_goes_on(bucket):
         assert time.monotonic() < deadline
         time.sleep(0.2)
     jobs.kill(process)
+    time.sleep(3)  # what its workers had under way
     before = {row["seed"] for row in rows(output)}
-    assert before
+    assert 0 < len(before) < 60
     code, text = jobs.run("synthesize", *command)
     assert code == 0, text
     assert f"60 clips wanted, {len(before)} done before" in text
@@ -138,7 +150,9 @@ def test_killed_on_s3_the_same_command_goes_on(bucket):
 def test_the_same_seed_gives_the_same_bytes(made, tmp_path):
     first = {row["seed"]: row["video_sha256"] for row in rows(made[0])}
     torch.set_num_threads(1)
-    code, text = jobs.run("synthesize", "--count", 3, "--seed", 10, "--output", tmp_path / "out", "--rows-per-block", 1, *SMALL)
+    code, text = jobs.run(
+        "synthesize", "--count", 3, "--seed", 10, "--output", tmp_path / "out", "--rows-per-block", 1, *SMALL
+    )
     assert code == 0, text
     again = {row["seed"]: row["video_sha256"] for row in rows(tmp_path / "out")}
     assert again == {seed: first[seed] for seed in (10, 11, 12)}
