@@ -115,7 +115,8 @@ def references(storage: Storage, uri: str) -> list[Reference]:
     pattern = any(character in uri for character in "*?[")
     names = storage.glob(uri) if pattern else storage.find(uri)
     if not pattern and any(name.endswith(".parquet") for name in names):
-        return _table(storage, join(uri, "references") if f"{uri.rstrip('/')}/references/" in "\n".join(names) else uri)
+        inside = join(uri, "references")  # what synthesize writes
+        return _table(storage, inside if storage.is_folder(inside) else uri)
     names = [name for name in names if Path(name).suffix.lower() in video.SUFFIXES]
     if not names:
         raise UsageError(f"--references {uri}: no video there ({' '.join(sorted(video.SUFFIXES))})")

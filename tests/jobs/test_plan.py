@@ -5,6 +5,7 @@ import re
 import shutil
 from itertools import pairwise
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
@@ -158,3 +159,31 @@ def test_repeated_prompts_and_repeated_clips_are_refused(settings, clips, tmp_pa
     text = refused(settings(references=str(folder)))[0]
     assert "one.mp4" in text
     assert "two.mp4" in text
+
+
+def test_a_parquet_table_may_say_more_but_not_nearly_the_same(settings, clips, tmp_path):
+    uris = [str(clips / "line.mp4"), str(clips / "pan.mp4")]
+    table = {
+        "uri": uris,
+        "caption": ["a ball", "a floor"],
+        "motion_caption": ["rolls", "slides"],
+        "tracks": [[1.0], [2.0]],
+    }
+    pq.write_table(pa.table(table), tmp_path / "more.parquet")
+    rows = planned(settings(references=str(tmp_path / "more.parquet"), methods=("none",)))
+    assert {row.caption for row in rows} == {"a ball", "a floor"}
+    pq.write_table(pa.table({"uri": uris, "captoin": ["a ball", "a floor"]}), tmp_path / "typo.parquet")
+    message, _ = refused(settings(references=str(tmp_path / "typo.parquet")))
+    assert message.endswith("typo.parquet: column 'captoin': did you mean 'caption'?")
+
+
+def test_a_folder_of_parquet_files_is_one_table(settings, clips, tmp_path):
+    for name in ("line", "pan"):
+        folder = tmp_path / "data" / f"category={name}"
+        folder.mkdir(parents=True)
+        pq.write_table(pa.table({"uri": [str(clips / f"{name}.mp4")]}), folder / "part-0.parquet")
+    rows = planned(settings(references=str(tmp_path / "data"), methods=("none",)))
+    assert {(row.reference_uri.rsplit("/", 1)[1], row.category) for row in rows} == {
+        ("line.mp4", "line"),
+        ("pan.mp4", "pan"),
+    }

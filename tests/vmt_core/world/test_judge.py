@@ -4,7 +4,20 @@ import pytest
 import torch
 
 from vmt_core.world import Scene, centres, masks, render, sample
-from vmt_core.world.judge import GROUNDS, KINDS, PATTERNS, Judge, accuracy, answer, cached, centre_path, foreground, mean, train, verdicts
+from vmt_core.world.judge import (
+    GROUNDS,
+    KINDS,
+    PATTERNS,
+    Judge,
+    accuracy,
+    answer,
+    cached,
+    centre_path,
+    foreground,
+    mean,
+    train,
+    verdicts,
+)
 from vmt_core.world.spec import COLOURS, Background, Figure, Object, Still
 
 
