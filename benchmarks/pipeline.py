@@ -68,14 +68,14 @@ def overhead(videos: int) -> None:
     from schemas import PlanSettings, TransferSettings
     from vmt_core import METHODS, Backbone, MotionTransfer, Sampling, video
     from vmt_core.presets import NANO
-    from vmt_core.world.clips import MOTIONS, render
+    from vmt_core.world import MOTIONS, render, sample
 
     del Storage
     with tempfile.TemporaryDirectory() as folder:
         clips = Path(folder) / "clips"
         clips.mkdir()
-        for seed, motion in enumerate(MOTIONS):
-            video.write(clips / f"{motion}.mp4", render(motion, seed=seed), 12)
+        for seed, category in enumerate(MOTIONS):
+            video.write(clips / f"{category}.mp4", render(sample(seed, category=category)), 12)
         prompts = [f"a red ball number {index}" for index in range(videos // len(MOTIONS))]
         (clips / "prompts.txt").write_text("\n".join(prompts))
         plan.run(

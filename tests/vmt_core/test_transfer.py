@@ -7,7 +7,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
 from vmt_core import METHODS, Artifact, MotionTransfer, Sampling
 from vmt_core.backbone.sampler import noise
-from vmt_core.world.clips import render
+from vmt_core.world import render, sample
 
 SAMPLING = Sampling(steps=4, shift=3.0, guidance_scale=4.0)
 SMALL = {"objective": {"block": 1}, "guidance": {"span": 0.5}}
@@ -18,7 +18,7 @@ def method(name, **changes):
 
 
 def clip(seed=0, motion="line"):
-    return render(motion, frames=9, height=48, width=64, seed=seed)
+    return render(sample(seed, motion=motion, frames=9, height=48, width=64))
 
 
 @pytest.fixture(params=["none", "fastvmt", "ditflow"])
