@@ -11,15 +11,18 @@ venv: .venv/ready
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt setuptools wheel torch
+	DS_BUILD_OPS=0 $(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation deepspeed # its setup wants torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# 4 clips x 2 prompts x 2 methods = 16 videos on the embedded model, then a page to look at.
+# 4 clips of the procedural world x 2 prompts x 3 methods = 24 videos on the embedded model, then a page to look at.
 demo: venv
-	$(BIN)/python -m vmt_core.world $(DEMO)/clips
-	printf '%s\n' 'a red ball on a blue floor' 'a yellow star at night' > $(DEMO)/prompts.txt
-	$(BIN)/python jobs/plan.py --references $(DEMO)/clips --prompts $(DEMO)/prompts.txt \
-	    --methods fastvmt,ditflow --seeds 0 --output $(DEMO)/manifest
+	$(BIN)/python jobs/synthesize.py --count 4 --split test --output $(DEMO)/world
+	printf '%s\n' 'a yellow star on a plain navy background' \
+	    'a red circle and a white square on a plain teal background' > $(DEMO)/prompts.txt
+	$(BIN)/python jobs/plan.py --references $(DEMO)/world --prompts $(DEMO)/prompts.txt \
+	    --methods none,fastvmt,ditflow --seeds 0 --output $(DEMO)/manifest
 	$(BIN)/python jobs/transfer.py --manifest $(DEMO)/manifest --output $(DEMO)/transfer \
 	    --transfer.actors 2
 	@echo 'Open $(DEMO)/transfer/run/report.html in a browser.'

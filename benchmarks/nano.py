@@ -21,7 +21,7 @@ from vmt_core.transfer import Artifact, MotionTransfer
 from vmt_core.world import Scene, appearance, judge, render, sample
 
 
-def autoencoder(backbone: Backbone, clips: int = 24) -> None:
+def autoencoder(backbone: Backbone, clips: int) -> None:
     """PSNR of held-out clips by length and size, flicker of still clips, statistics of the latents."""
     for frames, height, width in ((17, 192, 192), (33, 192, 192), (17, 160, 224), (9, 128, 128), (1, 192, 192)):
         errors, latents, flicker = [], [], []
@@ -86,7 +86,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     reader, backbone = judge.cached(arguments.judge), Backbone.load(arguments.model)
-    autoencoder(backbone)
+    autoencoder(backbone, min(24, arguments.clips))
     scenes = [sample(20 * index + 19) for index in range(arguments.clips)]
     real = [render(scene) for scene in scenes]
     print(f"judge on {len(real)} real clips: {judge.mean(judge.verdicts(reader, real, scenes))}", flush=True)

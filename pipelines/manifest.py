@@ -15,8 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
+from pipelines import adapters
 from pipelines.storage import Storage, join
-from schemas import ManifestRow, UsageError, sample_id
+from schemas import AdapterRow, ManifestRow, UsageError, sample_id
 from vmt_core.methods import VIDEO_VERSION, build
 
 _SHOWN_FAULTS = 10
@@ -28,6 +29,7 @@ class Selection:
 
     ids: list[str] = field(default_factory=list)
     methods: set[str] = field(default_factory=set)
+    adapters: dict[str, AdapterRow] = field(default_factory=dict)  # that tuned methods need, by id
 
 
 def files(storage: Storage, uri: str) -> list[str]:
@@ -43,11 +45,12 @@ def files(storage: Storage, uri: str) -> list[str]:
     return found
 
 
-def check(storage: Storage, uri: str, *, revision: str) -> Selection:
+def check(storage: Storage, uri: str, *, revision: str, method: str | None = None) -> Selection:
     """Reads a manifest wholly and checks all that can be known before the run.
 
     Args:
         revision: of the weights that will run.
+        method: select its rows only; all are checked.
 
     Raises:
         UsageError: one line per fault: columns, types, values, duplicate ids, ids that are not the digest of their row,
@@ -64,15 +67,19 @@ def check(storage: Storage, uri: str, *, revision: str) -> Selection:
         row = -1
         for values in _rows(storage, name):
             row += 1
-            if fault := _fault(values, seen, methods, revision):
+            if fault := _fault(values, seen, methods, revision, selection.adapters):
                 faults.append(f"{name}, row {row}: {fault}")
-            selection.ids.append(values["sample_id"])
             selection.methods.add(values["method"])
+            if method in (None, values["method"]):
+                selection.ids.append(values["sample_id"])
+    if method is not None:
+        selection.adapters = {key: row for key, row in selection.adapters.items() if row.method == method}
     if faults:
         more = [f"… and {len(faults) - _SHOWN_FAULTS} more"] if len(faults) > _SHOWN_FAULTS else []
         raise UsageError("\n".join([*faults[:_SHOWN_FAULTS], *more]))
     if not selection.ids:
-        raise UsageError(f"--manifest {uri}: has no rows")
+        rows = f"rows of {method}, only of {', '.join(sorted(selection.methods))}" if selection.methods else "rows"
+        raise UsageError(f"--manifest {uri}: has no {rows}")
     return selection
 
 
@@ -136,7 +143,11 @@ def _rows(storage: Storage, name: str) -> Iterator[dict[str, Any]]:
 
 
 def _fault(
-    values: dict[str, Any], seen: set[str], methods: dict[tuple[str, str], str | None], revision: str
+    values: dict[str, Any],
+    seen: set[str],
+    methods: dict[tuple[str, str], str | None],
+    revision: str,
+    needed: dict[str, AdapterRow],
 ) -> str | None:
     """What is wrong with a row that makes the whole manifest unfit, or None."""
     try:
@@ -156,6 +167,11 @@ def _fault(
     method = (row.method, row.method_settings)
     if method not in methods:
         methods[method] = _unfit(*method)
+    if methods[method] is None and row.adapter_id is not None and row.adapter_id not in needed:
+        adapter = adapters.wanted(row)
+        if adapter.adapter_id != row.adapter_id:
+            return f"adapter_id {row.adapter_id} is not the one that {row.method} needs for this reference; plan again"
+        needed[row.adapter_id] = adapter
     return methods[method]
 
 

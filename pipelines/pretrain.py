@@ -24,7 +24,7 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from tensorboardX import SummaryWriter
 from torch import nn
 
-from pipelines import cluster, lock
+from pipelines import cluster, distributed, lock
 from pipelines.cluster import RunFailed
 from pipelines.progress import duration
 from pipelines.storage import Storage, absolute, describe, join
@@ -123,7 +123,7 @@ def _worker(config: dict[str, Any]) -> None:
             validate_every=settings.validate_every,
             checkpoint_minutes=settings.checkpoint_minutes,
             rank=rank,
-            agree=_agree if workers > 1 else bool,
+            agree=distributed.agree,
         )
         if rank == 0:
             if isinstance(stage, DitStage):
@@ -163,14 +163,6 @@ def _data_parallel(module: nn.Module) -> nn.Module:
 
 def _same(module: nn.Module) -> nn.Module:
     return module
-
-
-def _agree(value: bool) -> bool:
-    """What rank 0 thinks, on every worker."""
-    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
-    decision = torch.tensor([value], device=device, dtype=torch.uint8)
-    torch.distributed.broadcast(decision, src=0)
-    return bool(decision.item())
 
 
 def _upload(storage: Storage, folder: Path, uri: str) -> None:

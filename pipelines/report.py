@@ -7,13 +7,14 @@ the page.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from pipelines import plots, tables
+from pipelines.tables import Line
 from schemas.errors import ErrorCode
 from schemas.rows import ResultRow
 
@@ -42,29 +45,40 @@ _ENVIRONMENT = Environment(
 )
 
 
-def render(rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any], output: str) -> str:
+def render(
+    rows: Iterable[Mapping[str, Any]],
+    summary: Mapping[str, Any],
+    output: str,
+    *,
+    lines: Sequence[Line] = (),
+    place: str = "run",
+) -> str:
     """The report as one HTML page, to be written to OUT/run/report.html.
 
     Args:
         rows: result rows (`schemas.rows.ResultRow`) as dicts, in the order to show; missing columns count as empty.
         summary: what the run says of itself, every key optional: title, run_id, started_at, finished_at, selected, ok,
             failed, left, seconds, videos_per_hour, failed_by_code, seconds_by_stage (means per video), model,
-            model_revision, notice, versions.
+            model_revision, notice, versions, adapters (of tuned methods: reference_uri, caption, heads as PNG bytes, seconds, and
+            by stage a curve of (step, loss, validation loss)).
         output: the OUT prefix (a path or a URL); what lies below it is linked relatively, so that OUT can be moved.
+        lines: of the comparison of methods; rows may then hold `metrics`, a dict of numbers.
+        place: folder of the page below OUT.
     """
     rows = list(rows)
-    packed = json.dumps(_pack(rows, output), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    packed = json.dumps(_pack(rows, output, place), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
     template = _ENVIRONMENT.get_template("report.html.j2")
     page = template.render(
         rows=Markup(packed),  # JSON without `<`: it cannot end its script element
         nonce=hashlib.sha256(packed.encode()).hexdigest()[:32],  # the same rows give the same page
         **_header(rows, summary),
+        comparison=_comparison(lines),
     )
     return page.encode("utf-8", "replace").decode()  # lone surrogates cannot be written to a file
 
 
-def link(uri: str | None, output: str) -> str | None:
-    """What a page in OUT/run/ may point at to reach `uri`, or None if it should not.
+def link(uri: str | None, output: str, place: str = "run") -> str | None:
+    """What a page in OUT/run/ (or another `place`) may point at to reach `uri`, or None if it should not.
 
     Below OUT: a relative link. Elsewhere: http(s) and plain paths only, so that no row can smuggle in a `javascript:`.
     A path that is relative to the working directory is made relative to the page.
@@ -75,11 +89,11 @@ def link(uri: str | None, output: str) -> str | None:
     if _scheme(output):
         inside = uri.removeprefix(output.rstrip("/") + "/")
         if inside != uri and not {"", ".", ".."} & set(inside.split("/")):
-            return "../" + quote(inside, safe="/=", errors="replace")
+            return ("../" if place else "") + quote(inside, safe="/=", errors="replace")
     elif not _scheme(uri):
         root, target = os.path.abspath(output), os.path.abspath(uri)
         if os.path.commonpath((root, target)) == root or not os.path.isabs(uri):
-            return quote(os.path.relpath(target, os.path.join(root, "run")), safe="/=", errors="replace")
+            return quote(os.path.relpath(target, os.path.join(root, place)), safe="/=", errors="replace")
     if uri != uri.strip() or re.search(r"[\x00-\x1f\x7f]", uri):  # browsers drop these: `java\nscript:`
         return None
     if _scheme(uri) in ("http", "https"):
@@ -95,24 +109,67 @@ def _scheme(uri: str) -> str:
     return match[1] if match else ""
 
 
-def _pack(rows: Iterable[Mapping[str, Any]], output: str) -> dict[str, Any]:
+def _pack(rows: Sequence[Mapping[str, Any]], output: str, place: str) -> dict[str, Any]:
     """Rows as arrays, each distinct string stored once: 10,000 rows share a few prompts, settings and versions."""
     pool: dict[str, int] = {}
     packed = []
+    metrics = list(dict.fromkeys(name for row in rows for name in row.get("metrics", {})))
+    numbers = [*_NUMBERS, *metrics]
     for row in rows:
         values = {
             **row,
-            "video": link(row.get("video_uri"), output),
-            "reference": link(row.get("reference_video_uri"), output),
-            "source": link(row.get("reference_uri"), output),
+            "video": link(row.get("video_uri"), output, place),
+            "reference": link(row.get("reference_video_uri"), output, place),
+            "source": link(row.get("reference_uri"), output, place),
+            **row.get("metrics", {}),
         }
         texts = (values.get(name) for name in _TEXT)
         packed.append(
             [-1 if text is None else pool.setdefault(str(text), len(pool)) for text in texts]
-            + [_number(values.get(name)) for name in _NUMBERS]
+            + [_number(values.get(name)) for name in numbers]
         )
     transient = [str(code) for code in ErrorCode if code.transient]
-    return {"text": _TEXT, "numbers": _NUMBERS, "pool": list(pool), "rows": packed, "transient": transient}
+    return {
+        "text": _TEXT,
+        "numbers": numbers,
+        "metrics": metrics,
+        "pool": list(pool),
+        "rows": packed,
+        "transient": transient,
+    }
+
+
+def _comparison(lines: Sequence[Line]) -> dict[str, Any] | None:
+    """Figures and a table of the methods; None without lines."""
+    if not lines:
+        return None
+    shown = [line for line in lines if line.category == tables.ALL]
+    metrics = [name for name in tables.BETTER if any(name in line.cells for line in shown)]
+    figures = [plots.against_seconds(lines), *(plots.intervals(lines, name) for name in metrics)]
+    return {
+        "figures": [Markup(figure) for figure in figures if figure],  # drawn here, from numbers and escaped labels
+        "metrics": [name.replace("_", " ") for name in metrics],
+        "lines": [
+            {
+                "label": line.label,
+                "made": line.made,
+                "failed": line.failed,
+                "cells": [_numbers(line.cells.get(name)) for name in metrics],
+            }
+            for line in shown
+        ],
+    }
+
+
+def _numbers(cell: tables.Cell | None) -> dict[str, str]:
+    if cell is None:
+        return {"mean": "", "gain": ""}
+    if cell.difference is None or cell.difference_low is None or cell.difference_high is None:
+        return {"mean": f"{cell.mean:.3f}", "gain": ""}
+    return {
+        "mean": f"{cell.mean:.3f}",
+        "gain": f"{cell.difference:+.3f} [{cell.difference_low:+.3f}, {cell.difference_high:+.3f}]",
+    }
 
 
 def _header(rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -159,6 +216,44 @@ def _header(rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> di
         ],
         "stage_total": _short(sum(seconds for _, seconds in stages)),
         "versions": {str(name): str(value) for name, value in versions.items()},
+        "adapters": [_adapter(about) for about in summary.get("adapters") or ()],
+    }
+
+
+def _adapter(about: Mapping[str, Any]) -> dict[str, Any]:
+    """What the page shows of an adapter: its clip, the map of its heads, a curve for each of its stages."""
+    return {
+        "name": Path(str(about["reference_uri"])).name,
+        "caption": str(about["caption"]),
+        "heads": base64.b64encode(about["heads"]).decode(),
+        "stages": [{"name": name, **_curve(about[name]["curve"])} for name in ("spatial", "temporal") if name in about],
+        "seconds": _short(about["seconds"]),
+    }
+
+
+def _curve(points: Iterable[tuple[int, float, float | None]]) -> dict[str, Any]:
+    """A loss curve as two polylines in a box of 240 x 80: the loss as a running mean, the validation loss as it is."""
+    points = list(points)
+    losses = [loss for _, loss, _ in points]
+    width = max(1, len(points) // 20)
+    smooth = [
+        sum(losses[max(0, i - width) : i + 1]) / len(losses[max(0, i - width) : i + 1]) for i in range(len(losses))
+    ]
+    checked = [(step, value) for step, _, value in points if value is not None]
+    last = max(1, points[-1][0]) if points else 1
+
+    def line(values: list[tuple[int, float]]) -> str:
+        low, high = min((v for _, v in values), default=0.0), max((v for _, v in values), default=1.0)
+        return " ".join(
+            f"{240 * step / last:.1f},{76 - 72 * (v - low) / ((high - low) or 1):.1f}" for step, v in values
+        )
+
+    return {
+        "steps": last,
+        "loss": line([(step, value) for (step, _, _), value in zip(points, smooth, strict=True)]),
+        "validation": line(checked),
+        "from": _short(checked[0][1]) if checked else "",
+        "to": _short(checked[-1][1]) if checked else "",
     }
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 import pyarrow as pa
 import ray
 
+from pipelines.live import Live
 from pipelines.storage import Storage, StorageUnavailable, describe
 from pipelines.tracker import Watchdog
 from schemas import ErrorCode, ResultRow, RowError, StageSettings, TransferSettings
@@ -52,6 +53,7 @@ class Stage(ABC):
         self.storage = Storage(settings.storage)
         self.node = ray.get_runtime_context().get_node_id()
         self.watchdog = Watchdog()
+        self.live = Live(self.name)
         self.resources: StageSettings = getattr(settings, self.name)
         self.setup()
 
@@ -115,6 +117,7 @@ class Stage(ABC):
             for row in group:
                 self._run([row])
             return
+        self.live.ended(group, outcomes, seconds)
         for row, outcome in zip(group, outcomes, strict=True):
             row[f"seconds_{self.name}"] = seconds / len(group)
             if isinstance(outcome, RowError):

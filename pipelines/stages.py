@@ -24,11 +24,16 @@ from pipelines.stage import LastStage, Outcome, Row, Stage
 from pipelines.storage import join, scheme, sha256
 from schemas import ErrorCode, RowError, StageSettings, TransferSettings
 from vmt_core import video
+from vmt_core.adapters import files
+from vmt_core.adapters.masked_lora import Weights
 from vmt_core.backbone.wan import Backbone
 from vmt_core.methods import build
 from vmt_core.transfer import Artifact, MotionTransfer, Sampling
 
 V = TypeVar("V")
+_MOST_ADAPTER_BYTES = 8 * 2**30
+#: Of a reference, carried into the clip as the model saw it: a procedural one says its scene, so its motion is known exactly.
+KEPT_TAGS = ("scene",)
 
 
 def device(settings: TransferSettings, resources: StageSettings) -> torch.device:
@@ -104,8 +109,14 @@ class Encode(Stage):
                 shown = join(self.settings.output, "references", f"{reference_key(row)}.mp4")
                 if not self.storage.exists(shown):
                     clip = Path(folder) / "shown.mp4"
+                    kept = {name: value for name, value in video.tags(local).items() if name in KEPT_TAGS}
                     video.write(
-                        clip, frames, row["fps"], crf=self.settings.video.crf, preset=self.settings.video.preset
+                        clip,
+                        frames,
+                        row["fps"],
+                        tags=kept,
+                        crf=self.settings.video.crf,
+                        preset=self.settings.video.preset,
                     )
                     self.storage.put(clip, shown)
         except RowError as error:
@@ -125,6 +136,8 @@ class Transfer(Stage):
         self.backbones: Cache[Backbone] = Cache(1)
         self.load = lambda dtype: Backbone.load(path, parts=("transformer",), device=where, dtype=dtype)
         self.artifacts: Cache[Artifact] = Cache(8)
+        self.adapters: Cache[dict[str, Weights]] = Cache(8)
+        self.transfers: Cache[MotionTransfer] = Cache(1)  # a backbone holds one adapter at a time
 
     def free(self) -> None:
         super().free()
@@ -145,12 +158,13 @@ class Transfer(Stage):
         sampling = Sampling(
             first["steps"], first["shift"], first["guidance_scale"], cfg="two_pass" if smaller else options.cfg
         )
-        method = build(first["method"], json.loads(first["method_settings"]))
-        transfer = MotionTransfer(backbone, method, sampling)
+        transfer = self.transfers.get(
+            (sampling, *(first[name] for name in _ALIKE)), lambda: self._transfer(first, backbone, sampling)
+        )
         payloads = [load(row["payload"]) for row in rows]
         artifacts = [
             self.artifacts.get(
-                (reference_key(row), row["dtype"], row["method"], row["method_settings"]),
+                (reference_key(row), row["dtype"], row["method"], row["method_settings"], row["adapter_id"]),
                 lambda payload=payload: transfer.describe(payload["latents"], payload["empty"]),  # type: ignore[misc]
             )
             for row, payload in zip(rows, payloads, strict=True)
@@ -178,6 +192,33 @@ class Transfer(Stage):
                 }
             )
         return outcomes
+
+    def _transfer(self, row: Row, backbone: Backbone, sampling: Sampling) -> MotionTransfer:
+        method = build(row["method"], json.loads(row["method_settings"]))
+        weights = None
+        if method.adapter is not None:
+            weights = self.adapters.get(row["adapter_id"], lambda: self._adapter(row))
+        try:
+            return MotionTransfer(backbone, method, sampling, weights)
+        except ValueError as error:
+            raise RowError(ErrorCode.ADAPTER_UNFIT, str(error)) from error
+
+    def _adapter(self, row: Row) -> dict[str, Weights]:
+        """The weights of a row's adapter, from the folder that `tune` wrote."""
+        folder = join(str(self.settings.adapters), f"method={row['method']}", row["adapter_id"])
+        if not self.storage.exists(join(folder, files.DONE)):
+            raise RowError(
+                ErrorCode.ADAPTER_MISSING,
+                f"{folder}: no adapter there; run jobs/tune.py for this reference, or use --tune",
+            )
+        with tempfile.TemporaryDirectory(prefix="vmt-") as scratch:
+            for stage in files.STAGES:
+                name = files.name(stage)
+                self.storage.fetch(join(folder, name), Path(scratch) / name, most_bytes=_MOST_ADAPTER_BYTES)
+            try:
+                return files.load(Path(scratch), method=row["method"], model_revision=row["model_revision"])
+            except ValueError as error:
+                raise RowError(ErrorCode.ADAPTER_UNFIT, str(error).replace(scratch, folder)) from error
 
 
 class Finish(LastStage):
@@ -232,7 +273,18 @@ def reference_key(row: Row) -> str:
     return f"{row['reference_digest'][:24]}-{row['start_frame']}-{end}-{row['fps']:.6g}-{size}"
 
 
-_ALIKE = ("dtype", "method", "method_settings", "height", "width", "frames", "steps", "shift", "guidance_scale")
+_ALIKE = (
+    "dtype",
+    "method",
+    "method_settings",
+    "adapter_id",
+    "height",
+    "width",
+    "frames",
+    "steps",
+    "shift",
+    "guidance_scale",
+)
 
 
 def _pack(tensors: dict[str, torch.Tensor]) -> bytes:

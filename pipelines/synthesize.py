@@ -112,6 +112,16 @@ def scene_of(seed: int, settings: SynthesizeSettings) -> Scene:
     )
 
 
+def clip_id(scene: Scene) -> str:
+    """Digest of a scene."""
+    return hashlib.sha256(f"{WORLD_VERSION}:{scene.model_dump_json()}".encode()).hexdigest()[:32]
+
+
+def uri_of(scene: Scene, settings: SynthesizeSettings) -> str:
+    """Where the video of a scene lies."""
+    return join(absolute(settings.output), "videos", f"split={split(scene.seed)}", f"{clip_id(scene)}.mp4")
+
+
 def _claim(settings: SynthesizeSettings, storage: Storage) -> None:
     """Refuses an output that holds clips of another kind."""
     uri = join(settings.output, "run", "settings.json")
@@ -180,7 +190,10 @@ def _block(batch: pa.Table, settings: SynthesizeSettings) -> pa.Table:
         for seed in block:
             scene = scene_of(seed, settings)
             local = Path(folder) / f"{seed}.mp4"
-            video.write(local, render(scene), scene.fps, crf=settings.video.crf, preset=settings.video.preset)
+            tags = {"scene": scene.model_dump_json()}
+            video.write(
+                local, render(scene), scene.fps, tags=tags, crf=settings.video.crf, preset=settings.video.preset
+            )
             video.verify(local, frames=scene.frames, height=scene.height, width=scene.width)
             row = _row(scene, seed, local, settings)
             pending.append(uploads.submit(storage.put, local, row["uri"]))
@@ -203,19 +216,16 @@ def schema() -> pa.Schema:
 
 
 def _row(scene: Scene, seed: int, local: Path, settings: SynthesizeSettings) -> dict[str, Any]:
-    said = scene.model_dump_json()
-    clip_id = hashlib.sha256(f"{WORLD_VERSION}:{said}".encode()).hexdigest()[:32]
-    part = split(seed)
     clip = WorldClip(
-        uri=join(absolute(settings.output), "videos", f"split={part}", f"{clip_id}.mp4"),
-        clip_id=clip_id,
+        uri=uri_of(scene, settings),
+        clip_id=clip_id(scene),
         seed=seed,
-        split=part,
+        split=split(seed),
         category=scene.category,
         motion=scene.motion,
         caption=captions.appearance(scene),
         motion_caption=captions.motion_caption(scene),
-        scene=said,
+        scene=scene.model_dump_json(),
         height=scene.height,
         width=scene.width,
         frames=scene.frames,

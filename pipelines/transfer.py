@@ -18,17 +18,19 @@ from ray.data import ActorPoolStrategy, Dataset
 from ray.data.checkpoint import CheckpointConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from pipelines import cluster, lock, manifest, models, progress, report
+from pipelines import cluster, lock, manifest, models, progress, report, tune
 from pipelines.cluster import RunFailed
 from pipelines.ledger import ID, PARTITIONS, Ledger
 from pipelines.stage import begin
 from pipelines.storage import Storage, join
 from pipelines.tracker import Tracker
-from schemas import ManifestRow, ResultRow, StageSettings, TransferSettings, UsageError
+from schemas import ManifestRow, ResultRow, StageSettings, TransferSettings, TuneSettings, UsageError
+from vmt_core.adapters import files
 from vmt_core.backbone import nano
 
 #: Rows that the report page shows at most: failures first.
 REPORT_ROWS = 5_000
+REPORT_ADAPTERS = 24
 _SUMS = ("seconds_encode", "seconds_transfer", "seconds_finish")
 
 
@@ -49,7 +51,8 @@ def run(settings: TransferSettings, say: Callable[[str], None] = print) -> dict[
         revision = models.revision(settings.model, storage)
     except FileNotFoundError as error:
         raise UsageError(f"--model {error}") from error
-    selection = manifest.check(storage, settings.manifest, revision=revision)
+    selection = manifest.check(storage, settings.manifest, revision=revision, method=settings.method)
+    settings = _with_adapters(settings, storage, selection, say)
     with lock.held(storage, join(settings.output, "run", "lock.json")) as still_ours:
         run_id = f"{started:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
         storage.write(join(settings.output, "run", "settings.json"), _json(settings.model_dump(mode="json")))
@@ -57,7 +60,7 @@ def run(settings: TransferSettings, say: Callable[[str], None] = print) -> dict[
         chosen, left = _choose(settings, ledger, selection.ids, say)
         began, working = time.monotonic(), 0.0
         if chosen:
-            with _source(settings, storage, run_id, chosen, whole=not left) as source:
+            with _source(settings, storage, run_id, chosen, whole=not left and settings.method is None) as source:
                 working = _execute(settings, storage, ledger, source, chosen, run_id, say, still_ours)
         summary = {
             "title": "Motion transfer",
@@ -74,7 +77,8 @@ def run(settings: TransferSettings, say: Callable[[str], None] = print) -> dict[
         summary["videos_per_hour"] = round(3600 * summary["made_ok"] / working, 1) if working else 0.0
         storage.write(join(settings.output, "run", "summary.json"), _json(summary))
         page = join(settings.output, "run", "report.html")
-        storage.write(page, report.render(_shown(ledger, selection.ids), summary, settings.output).encode())
+        tuned = {**summary, "adapters": _tuned(settings, storage, selection)}
+        storage.write(page, report.render(_shown(ledger, selection.ids), tuned, settings.output).encode())
         shown = [("videos", join(settings.output, "videos")), ("results", ledger.results), ("report", page)]
         say(progress.ending(summary, shown))
         if (summary["made"], summary["left"]) != (len(chosen), left):
@@ -83,6 +87,52 @@ def run(settings: TransferSettings, say: Callable[[str], None] = print) -> dict[
                 f"{summary['left']} are left; the same command makes the missing ones"
             )
     return summary
+
+
+def _with_adapters(
+    settings: TransferSettings, storage: Storage, selection: manifest.Selection, say: Callable[[str], None]
+) -> TransferSettings:
+    """The settings with the place of the adapters; with `--tune` the missing ones are made there first.
+
+    Raises:
+        UsageError: a method needs adapters, and nothing says where they are.
+    """
+    if not selection.adapters:
+        return settings
+    place = settings.adapters or join(settings.output, "adapters")
+    if settings.tune:
+        if not place.endswith("/adapters"):
+            raise UsageError(f"--adapters {place}: with --tune it must end in /adapters, as jobs/tune.py writes it")
+        tuning = TuneSettings(
+            references=settings.manifest,
+            output=place.removesuffix("/adapters"),
+            model=settings.model,
+            device=settings.device,
+            training=settings.training,
+            storage=settings.storage,
+            limits=settings.limits,
+            ray=settings.ray,
+            progress_s=settings.progress_s,
+        )
+        tune.tune(tuning, storage, list(selection.adapters.values()), say)
+    elif settings.adapters is None:
+        name = next(iter(selection.adapters.values())).method
+        raise UsageError(f"{name} needs adapters: give --adapters OUT/adapters of jobs/tune.py, or --tune them now")
+    return settings.model_copy(update={"adapters": place})
+
+
+def _tuned(settings: TransferSettings, storage: Storage, selection: manifest.Selection) -> list[dict[str, Any]]:
+    """What the page shows of the adapters: of the first REPORT_ADAPTERS that there are."""
+    shown = []
+    for row in list(selection.adapters.values())[:REPORT_ADAPTERS]:
+        folder = join(str(settings.adapters), f"method={row.method}", row.adapter_id)
+        try:
+            about = json.loads(storage.read(join(folder, files.DONE)))
+            heads = storage.read(join(folder, files.HEADS))
+        except FileNotFoundError:  # its rows failed, and say so
+            continue
+        shown.append({**about, "heads": heads, "reference_uri": row.reference_uri, "caption": row.caption})
+    return shown
 
 
 def _choose(

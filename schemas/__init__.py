@@ -7,8 +7,12 @@
 """
 
 from schemas.errors import ErrorCode, RowError, UsageError
-from schemas.rows import ManifestRow, Reference, ResultRow, Row, WorldClip, sample_id
+from schemas.rows import AdapterRow, ManifestRow, MetricRow, Reference, ResultRow, Row, WorldClip, sample_id
 from schemas.settings import (
+    BenchSettings,
+    DeepSpeedSettings,
+    EvaluateSettings,
+    JobSettings,
     LimitSettings,
     PlanSettings,
     PretrainSettings,
@@ -16,13 +20,21 @@ from schemas.settings import (
     StageSettings,
     StorageSettings,
     SynthesizeSettings,
+    TrainingSettings,
     TransferSettings,
+    TuneSettings,
 )
 
 __all__ = [
+    "AdapterRow",
+    "BenchSettings",
+    "DeepSpeedSettings",
     "ErrorCode",
+    "EvaluateSettings",
+    "JobSettings",
     "LimitSettings",
     "ManifestRow",
+    "MetricRow",
     "PlanSettings",
     "PretrainSettings",
     "RaySettings",
@@ -33,7 +45,9 @@ __all__ = [
     "StageSettings",
     "StorageSettings",
     "SynthesizeSettings",
+    "TrainingSettings",
     "TransferSettings",
+    "TuneSettings",
     "UsageError",
     "WorldClip",
     "sample_id",

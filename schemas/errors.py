@@ -30,6 +30,10 @@ class ErrorCode(StrEnum):
     # the text
     PROMPT_EMPTY = "prompt_empty"
     PROMPT_TOO_LONG = "prompt_too_long"  # limits.max_prompt_chars
+    # the adapter of a tuned method
+    CAPTION_EMPTY = "caption_empty"  # tuning needs to know what the reference shows
+    ADAPTER_MISSING = "adapter_missing"  # tune first, or its tuning failed
+    ADAPTER_UNFIT = "adapter_unfit"  # a damaged file, or of another model or method
     # the computation
     NON_FINITE = "non_finite"  # NaN or inf in the latents
     ENCODE_FAILED = "encode_failed"  # the written mp4 did not decode again

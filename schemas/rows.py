@@ -42,6 +42,7 @@ class Reference(Row):
         default=None, gt=0, allow_inf_nan=False, description="frames per second to sample at; empty: as the file has"
     )
     caption: str | None = Field(default=None, description="what the clip shows")
+    prompts: str | None = Field(default=None, description="prompts of its own, one a line; beside those of --prompts")
     category: str | None = Field(default=None, description="kind of motion, for tables and filters")
     licence: str | None = Field(default=None, description="licence of the clip, carried through to the result")
 
@@ -92,6 +93,7 @@ class ManifestRow(Row):
     model: str
     model_revision: str
     video_version: int = Field(ge=1, description="bumped when a change of the code alters the videos")
+    adapter_id: str | None = Field(default=None, description="of a tuned method: the adapter that is needed")
     caption: str | None = None
     category: str | None = None
     licence: str | None = None
@@ -123,6 +125,10 @@ class ManifestRow(Row):
 NOT_DECISIVE = frozenset({"sample_id", "reference_uri", "model", "caption", "category", "licence"})
 
 
+#: Columns that came later count only where they have a value, so that ids of before stay what they were.
+_LATER = frozenset({"adapter_id"})
+
+
 def sample_id(values: dict[str, Any]) -> str:
     """The identity of a video: 128 bits of SHA-256 over every deciding column, in a canonical JSON.
 
@@ -131,10 +137,64 @@ def sample_id(values: dict[str, Any]) -> str:
     decides = {
         name: values.get(name, field.default)
         for name, field in ManifestRow.model_fields.items()
-        if name not in NOT_DECISIVE
+        if name not in NOT_DECISIVE and not (name in _LATER and values.get(name) is None)
     }
-    text = json.dumps(decides, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return _digest(decides)
+
+
+def _digest(values: dict[str, Any]) -> str:
+    text = json.dumps(values, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+class AdapterRow(Row):
+    """An adapter that was tuned on a reference, or why there is none. `adapter_id` is the digest of all that decides it."""
+
+    adapter_id: str = Field(pattern=SAMPLE_ID_PATTERN)
+    method: str
+    tuning: str = Field(description="JSON, complete: every setting of the tuning")
+    reference_uri: str
+    reference_digest: str
+    start_frame: int = Field(ge=0)
+    end_frame: int | None = None
+    fps: float = Field(gt=0)
+    height: int = Field(ge=16, multiple_of=16)
+    width: int = Field(ge=16, multiple_of=16)
+    frames: int = Field(ge=0, description="4k+1; 0 where the clip could not be opened")
+    caption: str
+    model: str
+    model_revision: str
+    tuning_version: int = Field(ge=1, description="bumped when a change of the code alters the adapters")
+    category: str | None = None
+    status: Literal["planned", "ok", "failed"] = "planned"
+    error_code: ErrorCode | None = None
+    error_message: str | None = None
+    folder: str | None = Field(default=None, description="where its files lie")
+    workers: int | None = None
+    spatial_steps: int | None = None
+    temporal_steps: int | None = None
+    spatial_loss: float | None = Field(default=None, description="last validation loss")
+    temporal_loss: float | None = None
+    seconds: float | None = Field(default=None, description="of the training, without the start of its workers")
+    finished_at: str | None = None
+
+    @classmethod
+    def planned(cls, **values: Any) -> Self:
+        """A row with its `adapter_id` computed from the other values."""
+        row = cls(adapter_id="0" * 32, **values)
+        return row.model_copy(update={"adapter_id": adapter_id(row.model_dump())})
+
+
+#: Columns of an AdapterRow that its id is the digest of.
+ADAPTER_DECIDES = (
+    "method", "tuning", "reference_digest", "start_frame", "end_frame", "fps", "height", "width", "frames", "caption",
+    "model_revision", "tuning_version",
+)  # fmt: skip
+
+
+def adapter_id(values: dict[str, Any]) -> str:
+    """The identity of an adapter: 128 bits of SHA-256 over every deciding column, in a canonical JSON."""
+    return _digest({name: values[name] for name in ADAPTER_DECIDES})
 
 
 class ResultRow(ManifestRow):
@@ -173,6 +233,43 @@ class ResultRow(ManifestRow):
         if self.status == "ok" and self.video_uri is None:
             raise ValueError("an ok row needs video_uri")
         return self
+
+
+class MetricRow(Row):
+    """What was measured of a result row; null where there is no value, `absent` says why."""
+
+    sample_id: str = Field(pattern=SAMPLE_ID_PATTERN)
+    run: str = Field(description="output of the run")
+    status: Literal["ok", "failed"] = Field(description="failed: the video was not made, or could not be measured")
+    error_code: str | None = None
+    error_message: str | None = None
+    method: str
+    method_settings: str
+    prompt: str
+    seed: int
+    category: str | None = None
+    reference_uri: str
+    reference_digest: str
+    video_uri: str | None = None
+    model: str
+    model_revision: str
+    seconds: float | None = Field(default=None, description="of all stages, the tuning not counted")
+    evaluations: int | None = None
+    motion: float | None = None
+    motion_matched: float | None = None
+    moving: float | None = None
+    moving_reference: float | None = None
+    smoothness: float | None = None
+    flow_consistency: float | None = None
+    background_leak: float | None = None
+    text_similarity: float | None = None
+    temporal_consistency: float | None = None
+    subject_consistency: float | None = None
+    background_consistency: float | None = None
+    aesthetic_quality: float | None = None
+    exact: bool = Field(default=False, description="the reference's motion is known exactly")
+    absent: str = Field(default="{}", description="JSON: metric -> why there is no value")
+    suite: str = Field(default="{}", description="JSON: metric -> version, and the models that were used")
 
 
 _ARROW_TYPES: dict[type, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}

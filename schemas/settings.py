@@ -9,7 +9,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 from pydantic.functional_validators import BeforeValidator
 from pydantic_settings import (
     BaseSettings,
@@ -112,6 +121,42 @@ class VideoSettings(Section):
     preset: str = Field(default="medium", description="x264 preset")
 
 
+class DeepSpeedSettings(Section):
+    """How the training of one adapter is spread over its workers."""
+
+    zero: int = Field(default=0, ge=0, le=3, description="ZeRO stage: what is parted among the workers")
+    offload: bool = Field(default=False, description="keep optimizer state (and, with zero=3, weights) in CPU memory")
+    bf16: bool = Field(default=False, description="train in bf16 with fp32 masters; false: fp32")
+
+
+class TrainingSettings(Section):
+    """How adapters are trained: several references at once, each by one or more workers."""
+
+    workers_per_reference: PositiveInt = Field(
+        default=1, description="processes that train one adapter; with cuda each has a GPU of its own"
+    )
+    cpus_per_worker: PositiveFloat = Field(default=1, description="logical CPUs of one process")
+    threads: PositiveInt | None = Field(default=None, description="torch threads of a process; empty: its CPUs")
+    at_once: PositiveInt | None = Field(
+        default=None,
+        description="references that are tuned on at the same time; empty: as many as the cluster has room for",
+    )
+    attempts: PositiveInt = Field(default=3, description="times that a training whose worker dies is begun")
+    deepspeed: DeepSpeedSettings = DeepSpeedSettings()
+    checkpoint: Literal["none", "selective", "full"] = Field(
+        default="selective", description="what the backward pass recomputes: nothing, all but attention, everything"
+    )
+    export: CommaStrings = Field(default=(), description="other formats beside diffusers': comfyui, merged")
+    checkpoint_seconds: PositiveFloat = Field(default=120, description="seconds between checkpoints of a training")
+    wandb: str | None = Field(
+        default=None, description="Weights & Biases project to log to as well (pip install wandb; WANDB_API_KEY)"
+    )
+    sample_every: NonNegativeInt = Field(
+        default=0, description="steps between videos of the reference's own caption, in OUT/run/samples; 0: none"
+    )
+    prepare: StageSettings = StageSettings()
+
+
 class JobSettings(BaseSettings):
     """Base of all jobs' settings."""
 
@@ -145,7 +190,10 @@ class PlanSettings(JobSettings):
     """references x prompts x seeds x methods -> a manifest, one row per video to make."""
 
     references: str = Field(description="folder, glob, s3:// prefix, or a references table (.parquet, .csv, .jsonl)")
-    prompts: str = Field(description="text file, one prompt a line")
+    prompts: str | None = Field(
+        default=None,
+        description="text file, one prompt a line (or VBench's .json), for every clip; clips of a table may have their own",
+    )
     methods: CommaStrings = Field(default=("fastvmt",), description="methods, comma separated")
     seeds: CommaInts = Field(default=(0,), description="seeds, comma separated")
     output: str = Field(description="folder or prefix of the manifest to write")
@@ -158,6 +206,10 @@ class PlanSettings(JobSettings):
     )
     method_settings: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="overrides by method, e.g. {fastvmt: {guidance: {inner: 5}}} (YAML only)"
+    )
+    sweep: dict[str, dict[str, list[Any]]] = Field(
+        default_factory=dict,
+        description="values to compare, e.g. {fastvmt: {guidance.inner: [5, 10]}}: a row for every combination (YAML only)",
     )
     height: PositiveInt | None = Field(default=None, description="pixels, a multiple of 16; empty: the model's own")
     width: PositiveInt | None = Field(default=None, description="pixels, a multiple of 16; empty: the model's own")
@@ -187,8 +239,15 @@ class TransferSettings(JobSettings):
     manifest: str = Field(description="manifest to run: a Parquet file, folder or prefix that plan wrote")
     output: str = Field(description="folder or prefix for videos/, results/ and run/")
     model: str = Field(default="wan-nano", description="where the weights are; must hold the revision that was planned")
+    method: str | None = Field(default=None, description="only rows of this method")
     limit: PositiveInt | None = Field(default=None, description="make at most this many of the missing rows")
     retry_failed: bool = Field(default=False, description="forget the manifest's failed rows first, and try them again")
+    adapters: str | None = Field(
+        default=None,
+        description="adapters of tuned methods: OUT/adapters of jobs/tune.py; default with --tune: this output's",
+    )
+    tune: bool = Field(default=False, description="first tune the adapters that are missing")
+    training: TrainingSettings = TrainingSettings()
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where the stage has GPUs")
     encode: StageSettings = StageSettings()
     transfer: DenoiseSettings = DenoiseSettings()
@@ -202,6 +261,69 @@ class TransferSettings(JobSettings):
     ray: RaySettings = RaySettings()
     progress_s: PositiveFloat = Field(default=5, description="seconds between progress lines")
     stages: str = Field(default="pipelines.stages", description="module of the stage actors; benchmarks replace it")
+
+
+class EvaluateSettings(JobSettings):
+    """Results of runs -> metrics of every video, tables of methods. Run it again to measure only what is new."""
+
+    run: list[str] = Field(min_length=1, description="output of a transfer; may be given several times")
+    output: str = Field(description="folder or prefix for metrics/ and the tables")
+    baseline: str = Field(default="none", description="method that differences are to")
+    clip: str | None = Field(default=None, description="CLIP (folder, hub id, s3:// prefix), for text similarity")
+    dino: str | None = Field(default=None, description="DINO ViT-B/16, for subject consistency")
+    aesthetic_clip: str | None = Field(default=None, description="CLIP ViT-L/14, for aesthetic quality")
+    aesthetic_head: str | None = Field(default=None, description="LAION's linear head, a safetensors file")
+    device: Literal["cpu", "cuda"] = Field(default="cpu", description="where the encoders run")
+    measure: StageSettings = StageSettings(actors=2)
+    rows_per_block: PositiveInt = Field(default=32, description="videos that are committed together")
+    bootstrap: PositiveInt = Field(default=2000, description="draws of the intervals")
+    storage: StorageSettings = StorageSettings()
+    limits: LimitSettings = LimitSettings()
+    ray: RaySettings = RaySettings()
+    progress_s: PositiveFloat = Field(default=5, description="seconds between progress lines")
+
+
+class BenchSettings(JobSettings):
+    """Plan, tune, transfer, evaluate and report in one command. Run it again to go on."""
+
+    suite: Literal["procedural", "folder"] = Field(
+        default="procedural", description="procedural: the world's MotionBench, exact motion; folder: your clips"
+    )
+    clips: str | None = Field(
+        default=None, description="suite folder: clips with prompts, a folder or a references table"
+    )
+    prompts: str | None = Field(default=None, description="suite folder: prompts for every clip, as in plan")
+    quick: bool = Field(default=False, description="procedural: 2 clips x 1 prompt a category instead of 10 x 5")
+    methods: CommaStrings = Field(
+        default=("none", "ditflow", "fastvmt", "follow_your_motion"), description="methods, comma separated"
+    )
+    baseline: str = Field(default="none", description="method that differences are to")
+    seeds: CommaInts = Field(default=(0,), description="seeds, comma separated")
+    output: str = Field(description="folder or prefix of everything")
+    model: str = Field(
+        default="wan-nano", description="wan-nano, a local diffusers folder, a hub id, or an s3:// prefix"
+    )
+    preset: str | None = Field(default=None, description="methods' preset; empty: the model's own")
+    method_settings: dict[str, dict[str, Any]] = Field(default_factory=dict, description="as in plan (YAML only)")
+    sweep: dict[str, dict[str, list[Any]]] = Field(default_factory=dict, description="as in plan (YAML only)")
+    height: PositiveInt | None = Field(default=None, description="pixels, a multiple of 16; empty: the model's own")
+    width: PositiveInt | None = Field(default=None, description="pixels, a multiple of 16; empty: the model's own")
+    frames: PositiveInt | None = Field(default=None, description="4k+1; empty: the model's own")
+    steps: PositiveInt | None = Field(default=None, description="denoising steps; empty: the model's own")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where a stage has GPUs")
+    clip: str | None = Field(default=None, description="CLIP, as in evaluate")
+    dino: str | None = Field(default=None, description="DINO, as in evaluate")
+    aesthetic_clip: str | None = Field(default=None, description="CLIP ViT-L/14, as in evaluate")
+    aesthetic_head: str | None = Field(default=None, description="LAION's linear head, as in evaluate")
+    encode: StageSettings = StageSettings()
+    transfer: DenoiseSettings = DenoiseSettings()
+    finish: StageSettings = StageSettings()
+    training: TrainingSettings = TrainingSettings()
+    measure: StageSettings = StageSettings(actors=2)
+    storage: StorageSettings = StorageSettings()
+    limits: LimitSettings = LimitSettings()
+    ray: RaySettings = RaySettings()
+    progress_s: PositiveFloat = Field(default=5, description="seconds between progress lines")
 
 
 class SynthesizeSettings(JobSettings):
@@ -236,6 +358,43 @@ class SynthesizeSettings(JobSettings):
                     f"{name}={getattr(self, name)} is odd, H.264 videos are even; use {getattr(self, name) + 1}"
                 )
         return self
+
+
+class TuneSettings(JobSettings):
+    """References -> adapters, one training each, several at once. Run it again to make only what is missing."""
+
+    references: str = Field(description="folder, glob, s3:// prefix, or a references table, with captions")
+    output: str = Field(description="folder or prefix for adapters/, prepared/ and run/")
+    method: str = Field(default="follow_your_motion", description="a method that is tuned")
+    model: str = Field(
+        default="wan-nano", description="wan-nano, a local diffusers folder, a hub id, or an s3:// prefix"
+    )
+    preset: str | None = Field(
+        default=None, description="the method's preset: default, paper, code or nano; empty: the model's own"
+    )
+    tuning: dict[str, Any] = Field(
+        default_factory=dict,
+        description="settings of the method to change, e.g. {rank: 64, temporal: {steps: 500}} (YAML)",
+    )
+    caption: str | None = Field(default=None, description="of references that have none")
+    height: PositiveInt | None = Field(default=None, description="pixels, a multiple of 16; empty: the model's own")
+    width: PositiveInt | None = Field(default=None, description="pixels, a multiple of 16; empty: the model's own")
+    frames: PositiveInt | None = Field(
+        default=None, description="4k+1, fewer for shorter clips; empty: the model's own"
+    )
+    fps: PositiveFloat | None = Field(
+        default=None, allow_inf_nan=False, description="sample references at this rate; empty: as each file has"
+    )
+    limit: PositiveInt | None = Field(default=None, description="tune on at most this many of the missing references")
+    retry_failed: bool = Field(default=False, description="try failed references again")
+    dry_run: bool = Field(default=False, description="say what would be trained, and what it would cost")
+    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where the cluster has GPUs")
+    training: TrainingSettings = TrainingSettings()
+    storage: StorageSettings = StorageSettings()
+    limits: LimitSettings = LimitSettings()
+    ray: RaySettings = RaySettings()
+    progress_s: PositiveFloat = Field(default=5, description="seconds between progress lines")
+    tflops: PositiveFloat = Field(default=400, description="sustained TFLOP/s of one GPU, for the estimate of time")
 
 
 class PretrainSettings(JobSettings):

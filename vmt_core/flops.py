@@ -10,6 +10,7 @@ from vmt_core.backbone.geometry import Geometry
 from vmt_core.methods import Method
 
 if TYPE_CHECKING:
+    from vmt_core.adapters.settings import FollowYourMotion
     from vmt_core.backbone.taps import CheckpointName
 
 TEXT_TOKENS = 512
@@ -64,3 +65,32 @@ def video(config: Mapping[str, Any], geometry: Geometry, method: Method, steps: 
         tap = max(tap.block for tap in guidance.objective.taps)
         total += guidance.evaluations(steps) * evaluation(config, geometry.tokens, tap)
     return total
+
+
+@dataclass(frozen=True)
+class TuningCost:
+    """Of one adapter: floating-point operations of its training, and weights that are trained at once."""
+
+    flops: float
+    parameters: int
+
+
+def step(config: Mapping[str, Any], tokens: int, policy: CheckpointName = "selective") -> float:
+    """One training step of an adapter on one clip: forward, what is computed again, backward with frozen weights."""
+    return evaluation(config, tokens, config["num_layers"], policy)
+
+
+def tuning(config: Mapping[str, Any], clip: Geometry, settings: FollowYourMotion) -> TuningCost:
+    """One adapter on one reference.
+
+    Args:
+        clip: token grid of the whole clip.
+    """
+    frames = len(settings.indices(clip.frames))
+    if settings.sparse == "pixel":
+        frames = (-(-(4 * clip.frames - 3) // settings.stride) - 1) // 4 + 1
+    spatial, temporal = settings.spatial, settings.temporal
+    total = spatial.steps * spatial.draws * settings.frames_a_draw * step(config, clip.per_frame)
+    total += temporal.steps * temporal.draws * settings.clips_a_draw * step(config, frames * clip.per_frame)
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    return TuningCost(total, config["num_layers"] * len(settings.targets) * 2 * width * settings.rank)

@@ -11,10 +11,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from vmt_core.adapters.settings import FollowYourMotion
 from vmt_core.guidance import Guidance
 from vmt_core.motion.amf import FullAMF, WindowedAMF
 
-PRESETS = ("default", "paper", "nano")
+PRESETS = ("default", "paper", "nano")  # of the guided methods; tuned ones also have `code`
 #: Bumped whenever a change of this package alters the videos: part of every row's identity.
 VIDEO_VERSION = 2
 
@@ -32,6 +33,18 @@ class Start(BaseModel):
     )
 
 
+class AdapterUse(BaseModel):
+    """An adapter that is tuned on each reference: how it is made, and how strong it is when videos are made with it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tuning: FollowYourMotion
+    spatial_scale: float = Field(
+        default=0.0, ge=0, le=2, description="0: the prompt alone says how it looks; 1: as the reference does"
+    )
+    temporal_scale: float = Field(default=1.0, ge=0, le=2)
+
+
 class Method(BaseModel):
     """A way to transfer motion."""
 
@@ -39,6 +52,7 @@ class Method(BaseModel):
 
     name: str
     guidance: Guidance | None = None
+    adapter: AdapterUse | None = None
     start: Start = Start()
 
     def settings(self) -> dict[str, Any]:
@@ -47,6 +61,8 @@ class Method(BaseModel):
         if self.guidance is not None:
             groups["guidance"] = self.guidance.model_dump(mode="json", exclude={"objective"})
             groups["objective"] = self.guidance.objective.model_dump(mode="json")
+        if self.adapter is not None:
+            groups["adapter"] = self.adapter.model_dump(mode="json")
         return groups
 
 
@@ -83,12 +99,39 @@ def ditflow(preset: str = "default", *, objective: Group = None, guidance: Group
     )
 
 
+def follow_your_motion(
+    preset: str = "default",
+    *,
+    adapter: Group = None,
+    objective: Group = None,
+    guidance: Group = None,
+    start: Group = None,
+) -> Method:
+    """Follow-Your-Motion (arXiv 2506.05207): spatial, then temporal LoRA, tuned on each reference.
+
+    With `guidance` or `objective` (an empty one will do) sampling is guided as by `fastvmt`, too.
+    """
+    values = dict(adapter or {})
+    values["tuning"] = FollowYourMotion.preset(preset, **values.get("tuning", {}))
+    guided = None
+    if objective is not None or guidance is not None:
+        guided = fastvmt("default" if preset == "code" else preset, objective=objective, guidance=guidance).guidance
+    return Method(
+        name="follow_your_motion", adapter=AdapterUse(**values), guidance=guided, start=Start(**dict(start or {}))
+    )
+
+
 def none(preset: str = "default", *, start: Group = None) -> Method:
     """Plain sampling, what the prompt alone gives: the baseline of every comparison."""
     return Method(name="none", start=Start(**_choose({}, preset, start)))
 
 
-METHODS: dict[str, Callable[..., Method]] = {"fastvmt": fastvmt, "ditflow": ditflow, "none": none}
+METHODS: dict[str, Callable[..., Method]] = {
+    "fastvmt": fastvmt,
+    "ditflow": ditflow,
+    "follow_your_motion": follow_your_motion,
+    "none": none,
+}
 
 
 def build(name: str, settings: Mapping[str, Any]) -> Method:

@@ -9,7 +9,8 @@ The pipeline runs the same steps in three actors: `Backbone.encode` and `caption
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -20,6 +21,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from vmt_core.adapters import masked_lora
+from vmt_core.adapters.masked_lora import Weights
 from vmt_core.backbone import taps
 from vmt_core.backbone.sampler import Schedule, denoiser_calls, noise, noised, sample
 from vmt_core.backbone.wan import Backbone
@@ -74,13 +77,34 @@ class Denoised:
 class MotionTransfer:
     """Transfers motion by one method on one backbone.
 
+    Args:
+        adapter: of a tuned method: weights by stage, tuned on the reference (`vmt_core.adapters.files.load`). A backbone holds one
+            adapter at a time, that of the `MotionTransfer` made last.
+
     Raises:
-        ValueError: the method reads a block that the transformer does not have.
+        ValueError: the method reads a block that the transformer does not have, or lacks its adapter.
     """
 
-    def __init__(self, backbone: Backbone, method: Method, sampling: Sampling | None = None) -> None:
+    def __init__(
+        self,
+        backbone: Backbone,
+        method: Method,
+        sampling: Sampling | None = None,
+        adapter: Mapping[str, Weights] | None = None,
+    ) -> None:
         self.backbone = backbone
         self.method = method
+        if (method.adapter is None) != (adapter is None):
+            raise ValueError(
+                f"{method.name} needs an adapter that was tuned on the reference"
+                if adapter is None
+                else f"{method.name} has no use for an adapter"
+            )
+        self.scales: dict[str, float] = {}
+        if method.adapter is not None and adapter is not None:
+            for stage, weights in adapter.items():
+                masked_lora.attach(backbone.transformer, stage, weights)
+            self.scales = {"spatial": method.adapter.spatial_scale, "temporal": method.adapter.temporal_scale}
         self.sampling = sampling or Sampling()
         start = method.start
         strength = start.strength if start.kind == "sdedit" else 1.0
@@ -104,7 +128,8 @@ class MotionTransfer:
         guidance = self.method.guidance
         motion: Motion = {}
         if guidance is not None and guidance.level == "clean":
-            motion = self._motion(guidance, latents.to(self.backbone.device), sigma=0.0, empty=empty)
+            with self._adapted():
+                motion = self._motion(guidance, latents.to(self.backbone.device), sigma=0.0, empty=empty)
         return Artifact(latents, empty, motion, self.method.name)
 
     def transfer(
@@ -164,17 +189,33 @@ class MotionTransfer:
             rates = guidance.learning_rates(step, self.schedule.steps)
             return optimise(x, losses, rates, guidance.interval, logs)
 
-        latents = sample(
-            self.backbone.velocity,
-            latents,
-            self.schedule,
-            text,
-            negative,
-            guidance_scale=self.sampling.guidance_scale,
-            cfg=self.sampling.cfg,
-            edit=edit if guidance is not None else None,
-        )
+        with self._adapted():
+            latents = sample(
+                self.backbone.velocity,
+                latents,
+                self.schedule,
+                text,
+                negative,
+                guidance_scale=self.sampling.guidance_scale,
+                cfg=self.sampling.cfg,
+                edit=edit if guidance is not None else None,
+            )
         return Denoised(latents.cpu(), logs, denoiser_calls(self.schedule, self.sampling.guidance_scale))
+
+    @contextmanager
+    def _adapted(self) -> Iterator[None]:
+        """The adapters at the method's scales; outside the transformer is the stock one, bit for bit."""
+        if self.method.adapter is None:
+            yield
+            return
+        strict = self.method.adapter.tuning.isolate_qk_norm
+        transformer = self.backbone.transformer
+        masked_lora.use(transformer, self.scales)
+        try:
+            with masked_lora.isolated_norms(transformer) if strict else nullcontext():
+                yield
+        finally:
+            masked_lora.use(transformer, {})
 
     def _motion(self, guidance: Guidance, latents: Latents, *, sigma: float, empty: Text) -> Motion:
         """The reference's motion from its latents at noise level sigma, read with the empty caption."""

@@ -162,6 +162,12 @@ def write(
         container.mux(stream.encode(None))
 
 
+def tags(path: str | Path) -> dict[str, str]:
+    """The metadata of a file, as `write` put them in."""
+    with _open(path) as container:
+        return {str(name): str(value) for name, value in container.metadata.items()}
+
+
 def verify(path: str | Path, *, frames: int, height: int, width: int) -> None:
     """Decodes a written file completely.
 

@@ -2,15 +2,14 @@
 
 import pytest
 
+from support import tiny
 from support.clips import clip
-from vmt_core.backbone import nano
 
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory):
     path = tmp_path_factory.mktemp("model") / "tiny"
-    nano.build(path, layers=6, heads=2, head_dim=24)  # preset "nano" reads block 5
-    return str(path)
+    return str(tiny.build(path, layers=8))  # as many as preset "nano" counts on
 
 
 @pytest.fixture(scope="session")

@@ -135,7 +135,7 @@ def test_shorter_clips_give_fewer_frames(settings, tmp_path):
         ({"seeds": (1, 1)}, "--seeds: 1 stands twice"),
         ({"height": 50}, "height: Input should be a multiple of 16"),
         ({"frames": 4}, "give fewer than 5|fewer than 5|cannot be used"),
-        ({"preset": "default"}, "fastvmt reads block 14, but the model has blocks 0..5"),
+        ({"preset": "default"}, "fastvmt reads block 14, but the model has blocks 0..7"),
         ({"references": "/nowhere"}, "no video there"),
         ({"references": "/nowhere.csv"}, "No such file"),
         ({"prompts": "/nowhere.txt"}, "no such file"),

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from support import tiny as models
 from vmt_core import Backbone
-from vmt_core.backbone import nano
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -16,13 +16,18 @@ def _one_thread():
 def folder(tmp_path_factory):
     """A Wan of 3 blocks in diffusers layout."""
     path = tmp_path_factory.mktemp("model") / "tiny"
-    nano.build(path, layers=3, heads=2, head_dim=24)
-    return path
+    return models.build(path)
 
 
 @pytest.fixture(scope="session")
 def tiny(folder):
     """The tiny Wan in fp32."""
+    return Backbone.load(str(folder), dtype=torch.float32)
+
+
+@pytest.fixture
+def fresh(folder):
+    """The tiny Wan in fp32, for a test that adds adapters to it."""
     return Backbone.load(str(folder), dtype=torch.float32)
 
 

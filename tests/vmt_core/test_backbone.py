@@ -9,6 +9,7 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
+from support import tiny as tiny_model
 from vmt_core import Backbone
 from vmt_core.backbone import nano, weights
 from vmt_core.world import render, sample
@@ -47,9 +48,9 @@ def test_decoding_gives_the_pixels_of_the_vae(tiny):
 
 def test_only_valid_tokens_of_a_caption_are_kept_and_padding_is_zero(tiny):
     caption = tiny.caption("a ball")
-    assert caption.shape == (len("a ball") + 1, 64)  # one token a character, and the end
+    assert caption.shape == (3, 128)  # two words, and the end
     padded = tiny.pad([caption, tiny.caption("")])
-    assert padded.shape == (2, 512, 64)
+    assert padded.shape == (2, 512, 128)
     assert padded[0, len(caption) :].abs().max() == 0
 
 
@@ -71,24 +72,25 @@ def test_weights_are_frozen_and_only_the_vae_stays_in_fp32(folder, dtype):
         assert parts[name].dtype == wanted
 
 
-def test_wan_nano_is_a_plain_wan_pipeline_and_built_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+def test_wan_nano_is_a_plain_wan_pipeline_of_wan_2_1s_compression():
     pipeline = WanPipeline.from_pretrained(nano.folder())
-    assert pipeline.transformer.config.num_layers == 8
-    assert pipeline.vae.config.scale_factor_spatial == 8
-    monkeypatch.setattr(nano, "build", None)
-    assert nano.folder().parent == tmp_path / "vmt"
-    assert [path.name for path in (tmp_path / "vmt").iterdir()] == [nano.folder().name]
+    assert type(pipeline.vae).__name__ == "AutoencoderKLWan"
+    assert (pipeline.vae.config.scale_factor_spatial, pipeline.vae.config.scale_factor_temporal) == (8, 4)
+    assert pipeline.vae.config.z_dim == 16
+    assert pipeline.transformer.config.patch_size == [1, 2, 2]
+    assert type(pipeline.text_encoder).__name__ == "UMT5EncoderModel"
 
 
-def test_a_built_model_follows_from_its_seed(folder, tmp_path):
-    torch.manual_seed(99)
-    state = torch.get_rng_state()
-    nano.build(tmp_path / "same", layers=3, heads=2, head_dim=24)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert weights.revision(tmp_path / "same") == weights.revision(folder)
-    nano.build(tmp_path / "other", layers=3, heads=2, head_dim=24, seed=1)
-    assert weights.revision(tmp_path / "other") != weights.revision(folder)
+def test_wan_nano_ships_safetensors_of_at_most_24_mb_and_a_card():
+    files = [path for path in nano.folder().rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".json", ".safetensors", ".md", ".png"}
+    assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") <= 24e6
+    assert (nano.folder() / "README.md").is_file()
+
+
+def test_the_revision_follows_from_the_weights(folder, tmp_path):
+    assert weights.revision(tiny_model.build(tmp_path / "same")) == weights.revision(folder)
+    assert weights.revision(tiny_model.build(tmp_path / "other", seed=1)) != weights.revision(folder)
 
 
 def test_a_hub_id_is_fetched_without_pickles_and_a_failure_names_it(folder, monkeypatch):

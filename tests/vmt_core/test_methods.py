@@ -48,7 +48,7 @@ def test_objectives_say_where_they_read():
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("fastmvt", {}, "'fastmvt' is not one of ditflow, fastvmt, none"),
+        ("fastmvt", {}, "'fastmvt' is not one of ditflow, fastvmt, follow_your_motion, none"),
         ("fastvmt", {"guidance": {"inner": 0}}, "method fastvmt: inner: .*greater than or equal to 1"),
         ("fastvmt", {"guidance": {"span": "half", "inner": 0}}, "span: .*; inner: "),
         ("fastvmt", {"guidance": {"iner": 5}}, "method fastvmt: iner: "),
@@ -58,6 +58,9 @@ def test_objectives_say_where_they_read():
         ("none", {"start": {"kind": "reference"}}, "method none: kind: .*'noise' or 'sdedit'"),
         ("fastvmt", {"objective": {"window": 4}}, "window=4 has no centre"),
         ("none", {"guidance": {}}, "guidance"),
+        ("follow_your_motion", {"adapter": {"tuning": {"rank": 0}}}, "method follow_your_motion: rank: "),
+        ("follow_your_motion", {"adapter": {"spatial_scale": 3}}, "spatial_scale: .*less than or equal to 2"),
+        ("follow_your_motion", {"preset": "best"}, "'best' is not one of default, paper, code, nano"),
         ("ditflow", {"preset": "best"}, "'best' is not one of default, paper, nano"),
     ],
 )
@@ -65,3 +68,10 @@ def test_what_cannot_be_built_is_one_line_that_names_it(name, settings, message)
     with pytest.raises(ValueError, match=message) as caught:
         build(name, settings)
     assert "\n" not in str(caught.value)
+
+
+def test_a_tuned_method_can_be_guided_as_well():
+    assert METHODS["follow_your_motion"]().guidance is None
+    both = METHODS["follow_your_motion"](preset="nano", guidance={}, objective={})
+    assert both.guidance == METHODS["fastvmt"](preset="nano").guidance
+    assert build("follow_your_motion", json.loads(json.dumps(both.settings()))) == both

@@ -5,7 +5,8 @@ import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
-from vmt_core import METHODS, Artifact, MotionTransfer, Sampling
+from vmt_core import METHODS, Artifact, Backbone, MotionTransfer, Sampling
+from vmt_core.adapters import masked_lora
 from vmt_core.backbone.sampler import noise
 from vmt_core.world import render, sample
 
@@ -201,3 +202,69 @@ def test_a_method_that_reads_a_block_beyond_the_model_is_refused_with_the_way_ou
         ValueError, match=r"fastvmt reads block 14, but this model has blocks 0\.\.2: use preset 'nano'"
     ):
         MotionTransfer(tiny, METHODS["fastvmt"]())
+
+
+# tuned methods
+
+
+TUNED = METHODS["follow_your_motion"](preset="nano", adapter={"tuning": {"rank": 2, "alpha": 2}, "spatial_scale": 0.5})
+
+
+@pytest.fixture(scope="module")
+def adapter(folder):
+    """Weights of a spatial and a temporal adapter, as if tuned."""
+    transformer = Backbone.load(str(folder), parts=("transformer",), dtype=torch.float32).transformer
+    chosen = torch.tensor([[True, False]] * 3)
+    found = {}
+    for stage, heads in (("spatial", chosen), ("temporal", ~chosen)):
+        masked_lora.add(transformer, stage, heads, rank=2, alpha=2)
+        generator = torch.Generator().manual_seed(len(stage))
+        found[stage] = {
+            key: value if "lora_A" in key else 0.5 * torch.randn(value.shape, generator=generator)
+            for key, value in masked_lora.state(transformer, stage).items()
+        }
+    return found
+
+
+def test_an_adapted_video_is_that_of_a_plain_pipeline_with_the_exported_files(fresh, folder, adapter, tmp_path):
+    for stage, weights in adapter.items():
+        masked_lora.write(weights, tmp_path / f"{stage}.safetensors", rank=2, alpha=2)
+    pipeline = WanPipeline.from_pretrained(folder)
+    pipeline.scheduler = WanSchedule(shift=3.0)
+    pipeline.set_progress_bar_config(disable=True)
+    for stage in adapter:
+        pipeline.load_lora_weights(tmp_path, weight_name=f"{stage}.safetensors", adapter_name=stage)
+    pipeline.set_adapters(["spatial", "temporal"], [0.5, 1.0])
+    shape = (16, 3, 6, 8)
+    theirs = pipeline(
+        prompt="a red ball", negative_prompt="", height=48, width=64, num_frames=9, num_inference_steps=4, guidance_scale=4.0,
+        latents=noise(5, shape)[0].unsqueeze(0), output_type="latent", return_dict=False,
+    )[0]  # fmt: skip
+    artifact = Artifact(torch.zeros(shape), fresh.caption(""))
+    arguments = [artifact], [fresh.caption("a red ball")], [fresh.caption("")], [5]
+    plain = MotionTransfer(fresh, METHODS["none"](), SAMPLING).denoise(*arguments).latents
+    ours = MotionTransfer(fresh, TUNED, SAMPLING, adapter).denoise(*arguments).latents
+    assert torch.allclose(ours, theirs, atol=1e-5)
+    assert not torch.allclose(ours, plain, atol=1e-2)
+    assert torch.equal(
+        MotionTransfer(fresh, METHODS["none"](), SAMPLING).denoise(*arguments).latents, plain
+    )  # all off again
+
+
+def test_a_method_may_be_tuned_and_guided(fresh, adapter):
+    both = METHODS["follow_your_motion"](
+        preset="nano", adapter={"tuning": {"rank": 2, "alpha": 2}}, objective={"block": 1}, guidance={"span": 0.5}
+    )
+    transfer = MotionTransfer(fresh, both, SAMPLING, adapter)
+    artifact = transfer.prepare(clip())
+    made = transfer.denoise([artifact], [fresh.caption("a red ball")], [fresh.caption("")], [0])
+    assert made.logs[0].evaluations == 8
+    alone = MotionTransfer(fresh, TUNED, SAMPLING, adapter)
+    assert alone.denoise([artifact], [fresh.caption("a red ball")], [fresh.caption("")], [0]).logs[0].evaluations == 0
+
+
+def test_an_adapter_is_wanted_where_it_is_needed_and_nowhere_else(fresh, adapter):
+    with pytest.raises(ValueError, match="follow_your_motion needs an adapter that was tuned on the reference"):
+        MotionTransfer(fresh, TUNED, SAMPLING)
+    with pytest.raises(ValueError, match="none has no use for an adapter"):
+        MotionTransfer(fresh, METHODS["none"](), SAMPLING, adapter)

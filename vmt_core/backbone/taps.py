@@ -69,7 +69,7 @@ def features(
             out[Tap(index, "qk")] = _query_key(block, hidden, time, rotary, geometry)
             if index == last.block and last.kind == "qk":
                 break
-        hidden = _run(block, hidden, context, time, rotary, policy=checkpoint_policy)
+        hidden = checkpointed(block, hidden, context, time, rotary, policy=checkpoint_policy)
         if Tap(index, "hidden") in taps:
             out[Tap(index, "hidden")] = hidden.unflatten(1, (geometry.frames, geometry.rows, geometry.cols))
     return out
@@ -97,21 +97,22 @@ def _query_key(
         query, key = attention.to_q(normed), attention.to_k(normed)
 
     def finish(projected: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
-        rotated: Tensor = _rotate(norm(projected).unflatten(2, (attention.heads, -1)), *rotary)
+        rotated: Tensor = rotate(norm(projected).unflatten(2, (attention.heads, -1)), *rotary)
         by_frame: Tensor = rotated.unflatten(1, (geometry.frames, geometry.per_frame))
         return by_frame  # (B, F, rows*cols, heads, head_dim)
 
     return finish(query, attention.norm_q), finish(key, attention.norm_k)
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """RoPE on interleaved pairs, x (B, S, heads, head_dim): Wan's own arithmetic."""
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = cos[..., 0::2], sin[..., 1::2]
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
 
 
-def _run(block: nn.Module, *args: Any, policy: CheckpointName) -> Tensor:
+def checkpointed(block: nn.Module, *args: Any, policy: CheckpointName) -> Tensor:
+    """A block's output; its backward pass recomputes nothing, everything, or everything but attention (selective)."""
     if policy == "none" or not torch.is_grad_enabled():
         out = block(*args)
     elif policy == "full":

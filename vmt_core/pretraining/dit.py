@@ -25,20 +25,22 @@ CONFIG: dict[str, Any] = {
     "ffn_dim": 768,
     "num_layers": 8,
 }
-#: Small frames first, which is where words are learnt; then the native size, other shapes and longer clips.
+#: Words and shapes are learnt from single frames, five times as many scenes for the same work; motion from small clips; then the native
+#: size, other shapes and longer clips.
 PHASES = (
-    Phase(6000, ((24, 17, 128, 128),), 1.0, warmup=100, decay_to=0.4),
+    Phase(1200, ((64, 1, 128, 128), (64, 1, 128, 128), (28, 1, 192, 192)), 1.0, warmup=100, decay_to=0.8, renew=3),
+    Phase(1000, (*((16, 17, 128, 128),) * 5, (28, 1, 192, 192)), 0.9, warmup=50, decay_to=0.5, renew=20),
     Phase(
-        4000,
-        (*((12, 17, 192, 192),) * 5, (12, 17, 160, 224), (12, 17, 224, 160), (6, 33, 192, 192)),
-        0.6,
+        1100,
+        (*((8, 17, 192, 192),) * 5, (8, 17, 160, 224), (8, 17, 224, 160), (4, 33, 192, 192)),
+        0.5,
         decay_to=0.02,
-        renew=60,
+        renew=40,
     ),
 )
 SHIFT = 3.0
 EMPTY_CAPTIONS = 0.1
-LONG_CAPTIONS = 1 / 16  # of the steps are padded as in Wan, so that padding is learnt to mean nothing
+LONG_CAPTIONS = 1 / 16  # of the steps of clips are padded as in Wan, so that padding is learnt to mean nothing
 SHORT_LENGTH, WAN_LENGTH = 24, 512
 ADAMW_RATE, MUON_RATE = 1.2e-3, 2e-3
 
@@ -99,6 +101,7 @@ class DitStage:
 
     def compile(self) -> None:
         """A third faster on a CPU; each size of batch is compiled once."""
+        torch._dynamo.config.recompile_limit = 64
         for block in self.module.transformer.blocks:
             block.compile(dynamic=False)
 
@@ -110,7 +113,7 @@ class DitStage:
         size = (frames, height, width)
         latents, seeds = self.pool.draw(random, within, count, size, renew=phase.renew)
         sigma = shifted(torch.randn(count, generator=generator).sigmoid())
-        length = WAN_LENGTH if random.random() < LONG_CAPTIONS else SHORT_LENGTH
+        length = WAN_LENGTH if frames > 1 and random.random() < LONG_CAPTIONS else SHORT_LENGTH
         captions = ["" if random.random() < EMPTY_CAPTIONS else self._caption(seed, size, random) for seed in seeds]
         return latents, torch.randn(latents.shape, generator=generator), sigma, *self.tokens(captions, length)
 
@@ -123,7 +126,7 @@ class DitStage:
         """Loss on held-out clips at fixed noise, with their captions, and how much worse it is with those of others."""
         assert isinstance(module, DitLoss)
         device = next(module.parameters()).device
-        size = self.phases[0].clips[0][1:]
+        size = self.phases[-1].clips[0][1:]
         latents, seeds = self.pool.validation(size)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
         sigma = shifted(torch.linspace(0.05, 0.95, len(latents)))

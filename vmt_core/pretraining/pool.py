@@ -82,9 +82,11 @@ class LatentPool:
             for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
         )
         rows = []
-        for start in range(0, len(seeds), 4):
+        at_once = 4 if frames > 1 else CLIPS_A_SHARD
+        for start in range(0, len(seeds), at_once):
             clips = [
-                render(sample(seed, frames=frames, height=height, width=width)) for seed in seeds[start : start + 4]
+                render(sample(seed, frames=frames, height=height, width=width))
+                for seed in seeds[start : start + at_once]
             ]
             pixels = torch.stack(clips).to(device).transpose(1, 2).float() / 127.5 - 1
             with torch.autocast(device.type, torch.bfloat16):  # two to four times faster, an error of 1 %

@@ -29,9 +29,9 @@ CONFIG: dict[str, Any] = {
 #: Clips from the start stall, and the causal decoder does not extrapolate in time: single frames first, then every length on offer.
 PHASES = (
     Phase(1300, ((24, 1, 64, 64),), 1e-3, decay_to=0.5),
-    Phase(2000, (*((6, 9, 64, 64),) * 5, (24, 1, 64, 64)), 1e-3, warmup=50, decay_to=0.8),
+    Phase(1300, (*((6, 9, 64, 64),) * 5, (24, 1, 64, 64)), 1e-3, warmup=50, decay_to=0.8),
     Phase(
-        1000, ((4, 17, 64, 64), (6, 9, 64, 64), (6, 9, 64, 64), (2, 33, 64, 64), (24, 1, 64, 64)), 7e-4, decay_to=0.05
+        600, ((4, 17, 64, 64), (6, 9, 64, 64), (6, 9, 64, 64), (2, 33, 64, 64), (24, 1, 64, 64)), 7e-4, decay_to=0.05
     ),
 )
 

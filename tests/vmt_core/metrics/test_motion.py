@@ -7,7 +7,16 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vmt_core.metrics.motion import aligned, flow_tracks, jerk, moving, of_world, trajectory_correlation
+from vmt_core.metrics.motion import (
+    aligned,
+    flow_tracks,
+    jerk,
+    matched,
+    moving,
+    moving_share,
+    of_world,
+    trajectory_correlation,
+)
 from vmt_core.world import Scene, grid_points, render, sample, tracks
 from vmt_core.world.spec import Background, Camera, Object, Still
 
@@ -144,3 +153,50 @@ def test_jerk_is_nothing_for_even_motion_and_large_for_jumps():
     assert jerk(torch.stack([3 * time, time**2], -1)) == pytest.approx(0, abs=1e-4)
     jumps = torch.stack([time % 2, 0 * time], -1)
     assert jerk(jumps) == pytest.approx(4)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ([RIGHT] * 4, [RIGHT] * 4, 1.0),
+        ([RIGHT] * 4, [LEFT] * 4, -1.0),
+        ([RIGHT] * 4, [DOWN] * 4, 0.0),
+        ([RIGHT] * 4, [RIGHT, RIGHT, LEFT, DOWN], (1 + 1 - 1 + 0) / 4),
+        ([RIGHT] * 4, [STAY] * 4, 0.0),
+    ],
+)
+def test_matched_by_hand(first, second, expected):
+    one, two = straight(*first), straight(*second)
+    assert matched(one, two, 256) == pytest.approx(expected, abs=1e-6)
+    assert matched(two, one, 256) == pytest.approx(expected, abs=1e-6)
+
+
+def test_matched_finds_the_same_motions_at_other_places():
+    right, down = straight(*[RIGHT] * 4, points=3), straight(*[DOWN] * 4, points=2)
+    both = torch.cat([right[0], down[0]], 1), torch.cat([right[1], down[1]], 1)
+    turned = torch.cat([down[0], right[0]], 1), torch.cat([down[1], right[1]], 1)
+    assert matched(both, turned, 256) == pytest.approx(1.0)
+    assert aligned(both, turned, 256) < 0.5
+    assert matched(both, right, 256) == pytest.approx(((3 * 1 + 2 * 0) / 5 + 1) / 2)
+
+
+def test_matched_leaves_out_what_stands_and_what_is_never_seen_together():
+    right, still = straight(*[RIGHT] * 4, points=2), straight(*[STAY] * 4, points=50)
+    mixed = torch.cat([right[0], still[0]], 1), torch.cat([right[1], still[1]], 1)
+    assert matched(mixed, right, 256) == pytest.approx(1.0)
+    assert moving_share(mixed, 256) == pytest.approx(2 / 52)
+    assert math.isnan(matched(still, still, 256))
+    late = straight(*[RIGHT] * 8)
+    early = straight(*[RIGHT] * 8)
+    late[1][:4], early[1][5:] = False, False
+    assert matched(late, early, 256) == -1.0
+
+
+@pytest.mark.parametrize("motion", [(0.3, 0.0), (0.2, 0.2)])
+def test_matched_of_a_clip_with_itself_and_reversed(motion):
+    scene, frames = pan(*motion)
+    points = grid_points(SIDE, SIDE)
+    there, back = flow_tracks(frames, points), flow_tracks(frames.flip(0), points)
+    assert matched(there, there, SIDE) == pytest.approx(1.0, abs=1e-5)
+    assert matched(there, of_world(tracks(scene, points)), SIDE) > 0.9
+    assert matched(there, back, SIDE) < -0.8

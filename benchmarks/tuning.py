@@ -1,0 +1,199 @@
+"""What tuning costs and what each part of it brings.
+
+    python benchmarks/tuning.py steps                                      dense : sparse seconds a step, on the CPU
+    python benchmarks/tuning.py steps --device cuda --model 1.3b-random --height 480 --width 832 --frames 81
+    python benchmarks/tuning.py ablation --references 12                   on wan-nano: the shape of the paper's ablation table
+
+The ablation tunes every variant on the same held-out clips and makes the same videos with the same seeds. `motion`, `colour`, `shape` and
+`background` are those of `transfers.py`; `leak` is the share of videos that show the reference's background instead of the wanted one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import transfers
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+
+from vmt_core import METHODS, Backbone, MotionTransfer, Sampling
+from vmt_core.adapters import follow_your_motion as method
+from vmt_core.adapters.masked_lora import Weights
+from vmt_core.adapters.settings import FollowYourMotion
+from vmt_core.presets import NANO
+from vmt_core.transfer import Artifact
+from vmt_core.tuning import TorchEngine, Tuning
+from vmt_core.world import appearance, judge, render, sample
+
+#: Attention is most of a step of it, as in Wan 1.3B at full length.
+WIDE = {
+    "num_layers": 2,
+    "num_attention_heads": 4,
+    "attention_head_dim": 48,
+    "ffn_dim": 768,
+    "text_dim": 128,
+    "freq_dim": 64,
+}
+WAN_1_3B = {"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960}
+
+
+def variants(preset: FollowYourMotion) -> dict[str, FollowYourMotion]:
+    """Name -> settings: everything, and everything but one thing."""
+    return {
+        "follow_your_motion": preset,
+        "without decoupling": preset.model_copy(update={"decouple": False}),
+        "without sparse sampling": preset.model_copy(update={"sparse": "off"}),
+        "without adaptive RoPE": preset.model_copy(update={"positions": "stock"}),
+        "without motion loss": preset.model_copy(update={"motion_loss": "off"}),
+    }
+
+
+def steps(arguments: argparse.Namespace) -> None:
+    """Seconds of a training step of the temporal stage: all frames against some, in turns."""
+    device = torch.device(arguments.device)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    config = WAN_1_3B if arguments.model == "1.3b-random" else WIDE
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel(**config)
+    transformer = transformer.to_empty(device=device).to(dtype)
+    torch.manual_seed(0)
+    for weight in transformer.parameters():
+        torch.nn.init.normal_(weight, std=0.02)
+    transformer.rope = type(transformer.rope)(config["attention_head_dim"], (1, 2, 2), 1024).to(device)
+    backbone = Backbone(Path(), device, dtype, parts={"transformer": transformer.requires_grad_(False)})
+    frames, height, width = (arguments.frames - 1) // 4 + 1, arguments.height // 8, arguments.width // 8
+    whole = torch.randn(16, frames, height, width)
+    text = torch.randn(40, config.get("text_dim", 4096))
+    prepared = method.Prepared(whole, whole.transpose(0, 1), whole[:, :2], text, text[:1])
+    types = method.head_types(backbone, prepared, FollowYourMotion())
+    seconds: dict[str, list[float]] = {"dense": [], "sparse": []}
+    peaks: dict[str, float] = {}
+    for name, sparse in (("dense", "off"), ("sparse", "latent")):
+        settings = FollowYourMotion(sparse=sparse, temporal={"steps": 10**6, "validate_every": 10**6})
+        if "temporal" in getattr(transformer, "peft_config", {}):
+            transformer.delete_adapters("temporal")
+        task = method.begin(backbone, "temporal", prepared, types, settings, {})
+        run = Tuning(task, TorchEngine(task.module, task.schedule, device))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        for number in range(arguments.repeats + 1):
+            began = time.perf_counter()
+            run.advance()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if number:
+                seconds[name].append(time.perf_counter() - began)
+        peaks[name] = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
+    medians = {name: statistics.median(values) for name, values in seconds.items()}
+    print(f"{arguments.frames}x{arguments.height}x{arguments.width}, {frames * height * width // 4:,} tokens, {device}")
+    print("| frames of a step | seconds | peak memory, GiB |\n|---|---|---|")
+    for name, value in medians.items():
+        print(f"| {name} | {value:.3f} | {peaks[name]:.2f} |")
+    print(f"dense : sparse = {medians['dense'] / medians['sparse']:.2f}")
+
+
+def tune(backbone: Backbone, prepared: method.Prepared, settings: FollowYourMotion) -> dict[str, Weights]:
+    """Weights of both stages."""
+    types = method.head_types(backbone, prepared, settings)
+    done: dict[str, Weights] = {}
+    for stage in ("spatial", "temporal"):
+        if stage in getattr(backbone.transformer, "peft_config", {}):
+            backbone.transformer.delete_adapters(stage)
+        task = method.begin(backbone, stage, prepared, types, settings, done)
+        run = Tuning(task, TorchEngine(task.module, task.schedule, backbone.device))
+        while not run.done:
+            run.advance()
+        done[stage] = method.weights(run.engine.state(), stage, settings)
+    for stage in done:
+        backbone.transformer.delete_adapters(stage)
+    backbone.transformer.disable_gradient_checkpointing()
+    return done
+
+
+def ablation(arguments: argparse.Namespace) -> None:
+    """Every variant on the same references, with two prompts each."""
+    torch.set_num_threads(arguments.threads)
+    reader = judge.cached(arguments.judge)
+    backbone = Backbone.load(arguments.model, dtype=torch.float32)
+    chosen = transfers.pairs(2 * arguments.references, NANO, first=2_000)
+    references = chosen[: arguments.references]
+    pairs = [
+        transfers.Pair(one.reference, wanted, seed=one.seed + 100 * turn)
+        for one in references
+        for turn, wanted in enumerate(_wanted(one, arguments.prompts))
+    ]
+    sampling = Sampling(NANO.steps, NANO.shift, NANO.guidance_scale, cfg="batched")
+    latents = {id(one.reference): backbone.encode(render(one.reference)) for one in references}
+    plain = transfers.run(
+        backbone, reader, METHODS["none"](), sampling, pairs, [latents[id(pair.reference)] for pair in pairs]
+    )
+    outcomes, leaks = [plain], [leak(reader, plain.clips, pairs)]
+    for name, settings in variants(FollowYourMotion.preset("nano")).items():
+        outcome = transfers.Outcome(name)
+        for one in references:
+            began = time.perf_counter()
+            clip = render(one.reference)
+            prepared = method.prepare(backbone, clip, appearance(one.reference), settings.stride)
+            weights = tune(backbone, prepared, settings)
+            made = METHODS["follow_your_motion"](preset="nano")
+            transfer = MotionTransfer(backbone, made, sampling, weights)
+            mine = [pair for pair in pairs if pair.reference is one.reference]
+            artifact, empty = Artifact(prepared.latents, prepared.empty), prepared.empty
+            texts = [backbone.caption(appearance(pair.wanted)) for pair in mine]
+            found = transfer.denoise([artifact] * len(mine), texts, [empty] * len(mine), [pair.seed for pair in mine])
+            outcome.seconds += time.perf_counter() - began
+            for pair, made_latents in zip(mine, found.latents, strict=True):
+                outcome.clips.append(backbone.decode(made_latents))
+                outcome.rows.append(transfers.measure(reader, pair, outcome.clips[-1]))
+        outcomes.append(outcome)
+        leaks.append(leak(reader, outcome.clips, pairs))
+        print(transfers.table(outcomes), flush=True)
+        print(
+            "leak: " + ", ".join(f"{one.name} {value:.3f}" for one, value in zip(outcomes, leaks, strict=True)),
+            flush=True,
+        )
+
+
+def leak(reader: judge.Judge, clips: Sequence[Tensor], pairs: Sequence[transfers.Pair]) -> float:
+    """Share of clips whose background is taken for the reference's."""
+    verdicts = judge.verdicts(reader, clips, [pair.reference for pair in pairs])
+    return sum(verdict.background_colour for verdict in verdicts) / len(verdicts)
+
+
+def _wanted(pair: transfers.Pair, prompts: int) -> list:
+    """Scenes of other looks, of the reference's category."""
+    others = [pair.wanted]
+    seed = 900_000 + 100 * pair.seed
+    while len(others) < prompts:
+        scene = sample(20 * seed + 19, category=pair.reference.category)
+        seed += 1
+        kinds = [[body.kind for body in one.bodies] for one in (scene, pair.reference)]
+        if kinds[0] == kinds[1] and scene.background.colour != pair.reference.background.colour:
+            others.append(scene)
+    return others
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["steps", "ablation"])
+    parser.add_argument("--model", default="wan-nano")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--height", type=int, default=320)
+    parser.add_argument("--width", type=int, default=320)
+    parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--references", type=int, default=12)
+    parser.add_argument("--prompts", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--judge", type=Path, default=Path("out/judge.safetensors"), help="trained if it is not there")
+    arguments = parser.parse_args()
+    {"steps": steps, "ablation": ablation}[arguments.what](arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""A benchmark in one resumable command: references, manifest, adapters, videos, metrics, tables, page.
+
+OUT/references.parquet     the suite's clips with their prompts (procedural: OUT/world as well)
+OUT/manifest/ OUT/run/ …   as plan and transfer write them, adapters in OUT/adapters
+OUT/evaluation/            as evaluate writes it
+OUT/comparison.csv         a line for every method; OUT/report.html the page
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from random import Random
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import evaluate, manifest, plan, report, suites, synthesize, tables, transfer
+from pipelines.ledger import Ledger
+from pipelines.storage import Storage, join
+from schemas import (
+    BenchSettings,
+    EvaluateSettings,
+    PlanSettings,
+    Reference,
+    ResultRow,
+    SynthesizeSettings,
+    TransferSettings,
+)
+from vmt_core.methods import METHODS
+from vmt_core.presets import native
+
+
+def run(settings: BenchSettings, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Makes and measures what is missing; returns the summary of the evaluation.
+
+    Raises:
+        UsageError: an unknown suite or method, or a folder that is no benchmark.
+        RunFailed: a step stopped before its end; the same command goes on from there.
+    """
+    storage = Storage(settings.storage)
+    table = join(settings.output, "references.parquet")
+    if not storage.exists(table):
+        clips = (
+            _procedural(settings, say)
+            if settings.suite == "procedural"
+            else suites.folder(storage, settings.clips or "", join(settings.output, "clips"))
+        )
+        _write(storage, table, clips)
+    place = join(settings.output, "manifest")
+    plan.run(
+        PlanSettings(
+            references=table,
+            prompts=settings.prompts,
+            methods=settings.methods,
+            seeds=settings.seeds,
+            output=place,
+            model=settings.model,
+            preset=settings.preset,
+            height=settings.height,
+            width=settings.width,
+            frames=settings.frames,
+            steps=settings.steps,
+            method_settings=settings.method_settings,
+            sweep=settings.sweep,
+            skip_bad=True,
+            storage=settings.storage,
+            limits=settings.limits,
+        ),
+        say,
+    )
+    tuned = any(METHODS[name]().adapter is not None for name in settings.methods)
+    transfer.run(
+        TransferSettings(
+            manifest=place,
+            output=settings.output,
+            model=settings.model,
+            device=settings.device,
+            tune=tuned,
+            encode=settings.encode,
+            transfer=settings.transfer,
+            finish=settings.finish,
+            training=settings.training,
+            storage=settings.storage,
+            limits=settings.limits,
+            ray=settings.ray,
+            progress_s=settings.progress_s,
+        ),
+        say,
+    )
+    measured = EvaluateSettings(
+        run=[settings.output],
+        output=join(settings.output, "evaluation"),
+        baseline=settings.baseline,
+        clip=settings.clip,
+        dino=settings.dino,
+        aesthetic_clip=settings.aesthetic_clip,
+        aesthetic_head=settings.aesthetic_head,
+        measure=settings.measure,
+        storage=settings.storage,
+        limits=settings.limits,
+        ray=settings.ray,
+        progress_s=settings.progress_s,
+    )
+    summary = evaluate.run(measured, say)
+    _page(settings, storage, measured)
+    storage.write(join(settings.output, "comparison.csv"), storage.read(join(measured.output, "comparison.csv")))
+    say(f"report  {join(settings.output, 'report.html')}")
+    return summary
+
+
+def _procedural(settings: BenchSettings, say: Callable[[str], None]) -> list[Reference]:
+    """The procedural MotionBench: 4 categories x 10 clips x 5 prompts from the world's test split; `quick`: x 2 x 1."""
+    clips, prompts = (2, 1) if settings.quick else (10, 5)
+    defaults = native(settings.model)
+    world = SynthesizeSettings(
+        count=4 * clips,
+        split="test",
+        output=join(settings.output, "world"),
+        height=settings.height or defaults.height,
+        width=settings.width or defaults.width,
+        frames=settings.frames or defaults.frames,
+        fps=defaults.fps,
+        storage=settings.storage,
+        ray=settings.ray,
+        progress_s=settings.progress_s,
+    )
+    synthesize.run(world, say)
+    found = []
+    for seed in synthesize.seeds(world):
+        scene = synthesize.scene_of(seed, world)
+        uri = synthesize.uri_of(scene, world)
+        asked = suites.other_looks(scene, prompts, Random(f"prompts {seed}"))
+        found.append(
+            Reference(
+                uri=uri,
+                caption=synthesize.captions.appearance(scene),
+                category=scene.category,
+                prompts="\n".join(asked),
+            )
+        )
+    return found
+
+
+def _write(storage: Storage, uri: str, clips: list[Reference]) -> None:
+    sink = pa.BufferOutputStream()
+    rows = [clip.model_dump() for clip in clips]
+    pq.write_table(pa.Table.from_pylist(rows, schema=Reference.arrow_schema()), sink)
+    storage.write(uri, sink.getvalue().to_pybytes())
+
+
+def _page(settings: BenchSettings, storage: Storage, measured: EvaluateSettings) -> None:
+    """The gallery of the run with its metrics, and the comparison above it."""
+    rows = list(evaluate.read(measured, storage))
+    lines = tables.compare(rows, settings.baseline, measured.bootstrap)
+    by_id = {row.sample_id: row for row in rows}
+    summary = json.loads(storage.read(join(settings.output, "run", "summary.json")))
+    ids = manifest.check(storage, join(settings.output, "manifest"), revision=summary["model_revision"]).ids[
+        : transfer.REPORT_ROWS
+    ]
+    ledger = Ledger(storage, settings.output)
+    order = {row: place for place, row in enumerate(ids)}
+    results = [row for batch in ledger.scan(list(ResultRow.model_fields), order.keys()) for row in batch.to_pylist()]
+    results.sort(key=lambda row: order[row["sample_id"]])
+    for row in results:
+        values = by_id.get(row["sample_id"])
+        row["metrics"] = (
+            {} if values is None else {name: getattr(values, name) for name in tables.BETTER if name != "seconds"}
+        )
+    summary["title"] = f"Benchmark: {settings.suite}"
+    page = report.render(results, summary, settings.output, lines=lines, place="")
+    storage.write(join(settings.output, "report.html"), page.encode())

@@ -1,0 +1,203 @@
+"""Runs -> metrics of every video -> tables. Results are streamed from storage through a pool of actors; what is measured stays measured.
+
+EVAL/metrics/suite=…/….parquet       a row for every result row (`schemas.MetricRow`), joined by run and sample_id
+EVAL/comparison.csv                  a line for every method; categories.csv one for every method and category, as comparison.parquet
+EVAL/comparison.{md,tex}             the same to read and to print
+EVAL/paper.md                        the columns of the papers' tables, with the published numbers beside ours
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.csv as pacsv
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import ray
+from ray.data import ActorPoolStrategy
+
+from pipelines import cluster, lock, progress, tables
+from pipelines.cluster import RunFailed
+from pipelines.measure import COLUMNS, Measure, folder_of
+from pipelines.storage import Storage, describe, join
+from schemas import EvaluateSettings, MetricRow, UsageError
+
+
+def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Measures what is not measured yet and writes the tables; returns the summary that it also writes to EVAL/run/summary.json.
+
+    Raises:
+        UsageError: a run has no results.
+        RunFailed: it stopped before its end; the same command goes on from there.
+    """
+    storage, began = Storage(settings.storage), time.monotonic()
+    found = {output: _results(storage, output) for output in settings.run}
+    for output, files in found.items():
+        if not files:
+            raise UsageError(f"--run {output}: has no results; make some with jobs/transfer.py")
+    with lock.held(storage, join(settings.output, "run", "lock.json")):
+        storage.write(join(settings.output, "run", "settings.json"), settings.model_dump_json(indent=2).encode())
+        done = measured(settings, storage)
+        counts = {output: _count(storage, files) for output, files in found.items()}
+        missing = sum(count - len(done.get(output, ())) for output, count in counts.items())
+        say(
+            f"{sum(counts.values())} results, {sum(counts.values()) - missing} measured before, {missing} to measure now"
+        )
+        if missing:
+            _measure(settings, storage, found, done, missing, say)
+        rows = list(read(settings, storage))
+        lines = tables.compare(rows, settings.baseline, settings.bootstrap)
+        failed = Counter(str(row.error_code) for row in rows if row.status == "failed")
+        summary = {
+            "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - began, 3),
+            "results": sum(counts.values()),
+            "measured": len(rows) - sum(failed.values()),
+            "failed": sum(failed.values()),
+            "failed_by_code": dict(failed.most_common()),
+            "absent": _absent(rows),
+        }
+        for name, text in {
+            "comparison.csv": tables.to_csv([line for line in lines if line.category == tables.ALL]),
+            "categories.csv": tables.to_csv(lines),
+            "comparison.md": tables.to_markdown(lines),
+            "comparison.tex": tables.to_latex(lines),
+            "paper.md": tables.papers_shape(lines),
+            "run/summary.json": json.dumps(summary, indent=2),
+        }.items():
+            storage.write(join(settings.output, name), text.encode())
+        sink = pa.BufferOutputStream()
+        pq.write_table(pacsv.read_csv(io.BytesIO(tables.to_csv(lines).encode())), sink)
+        storage.write(join(settings.output, "comparison.parquet"), sink.getvalue().to_pybytes())
+    if len(rows) != summary["results"]:
+        raise RunFailed(
+            f"{summary['results']} results, but {len(rows)} were measured; the same command goes on from there"
+        )
+    for line in lines:
+        if line.category == tables.ALL:
+            say(_line(line))
+    if failed:
+        say(f"{summary['failed']} without metrics: {progress.codes(failed)}")
+    for name, reason in summary["absent"].items():
+        say(f"{name}: not measured ({reason})")
+    say(f"tables  {join(settings.output, 'comparison.md')}")
+    return summary
+
+
+def read(settings: EvaluateSettings, storage: Storage) -> Iterator[MetricRow]:
+    """Every metric row of the runs that were asked for."""
+    dataset = _dataset(settings, storage)
+    if dataset is not None:
+        for batch in dataset.to_batches(filter=ds.field("run").isin(settings.run)):
+            yield from (MetricRow.model_validate(values) for values in batch.to_pylist())
+
+
+def measured(settings: EvaluateSettings, storage: Storage) -> dict[str, set[str]]:
+    """Ids of the rows that are measured, by run."""
+    found: dict[str, set[str]] = {}
+    dataset = _dataset(settings, storage)
+    if dataset is not None:
+        for batch in dataset.to_batches(columns=["run", "sample_id"]):
+            for output, row in zip(batch["run"].to_pylist(), batch["sample_id"].to_pylist(), strict=True):
+                found.setdefault(output, set()).add(row)
+    return found
+
+
+def _measure(
+    settings: EvaluateSettings,
+    storage: Storage,
+    found: dict[str, list[str]],
+    done: dict[str, set[str]],
+    missing: int,
+    say: Callable[[str], None],
+) -> None:
+    with cluster.connected(settings.ray, (settings.measure,)):
+        cluster.quiet_data()
+        ended, failed, began, told = 0, 0, time.monotonic(), time.monotonic()
+        try:
+            for output, files in found.items():
+                filesystem, _ = storage.arrow(files[0])
+                paths = [storage.arrow(file)[1] for file in files]
+                data = (
+                    ray.data.read_parquet(paths, filesystem=filesystem, columns=[*COLUMNS], partitioning=None)
+                    .repartition(target_num_rows_per_block=settings.rows_per_block)
+                    .map_batches(
+                        Measure,
+                        fn_constructor_args=(settings, output, frozenset(done.get(output, ()))),
+                        batch_size=settings.rows_per_block,
+                        batch_format="pyarrow",
+                        compute=ActorPoolStrategy(size=settings.measure.actors),
+                        num_cpus=settings.measure.cpus,
+                        num_gpus=settings.measure.gpus,
+                    )
+                )
+                for row in data.iter_rows():
+                    ended, failed = ended + row["measured"], failed + row["failed"]
+                    now = time.monotonic()
+                    if now - told >= settings.progress_s and ended:
+                        rate = ended / (now - began)
+                        left = progress.duration((missing - ended) / rate)
+                        say(f"{ended}/{missing} videos · {failed} failed · {60 * rate:,.0f} videos/min · {left} left")
+                        told = now
+        except (ray.exceptions.RayError, OSError) as error:
+            raise RunFailed(f"{describe(error)[-500:]}; the same command goes on from there") from error
+
+
+def _results(storage: Storage, output: str) -> list[str]:
+    return [uri for uri in storage.find(join(output, "results")) if uri.endswith(".parquet")]
+
+
+def _count(storage: Storage, files: list[str]) -> int:
+    total = 0
+    for file in files:
+        filesystem, path = storage.arrow(file)
+        total += pq.ParquetFile(path, filesystem=filesystem).metadata.num_rows
+    return total
+
+
+def _dataset(settings: EvaluateSettings, storage: Storage) -> ds.Dataset | None:
+    files = [uri for uri in storage.find(folder_of(settings)) if uri.endswith(".parquet")]
+    if not files:
+        return None
+    filesystem, _ = storage.arrow(files[0])
+    return ds.dataset(
+        [storage.arrow(uri)[1] for uri in files],
+        filesystem=filesystem,
+        format="parquet",
+        schema=MetricRow.arrow_schema(),
+        partitioning=None,
+    )
+
+
+def _absent(rows: list[MetricRow]) -> dict[str, str]:
+    """Metrics that no video has, with the commonest reason."""
+    reasons: dict[str, Counter[str]] = {}
+    ok = [row for row in rows if row.status == "ok"]
+    for row in ok:
+        for name, reason in json.loads(row.absent).items():
+            reasons.setdefault(name, Counter())[reason] += 1
+    return {name: counts.most_common(1)[0][0] for name, counts in reasons.items() if sum(counts.values()) == len(ok)}
+
+
+def _line(line: tables.Line) -> str:
+    """`fastvmt: motion 0.512 (+0.31 [+0.22, +0.40]), 12.1 s, 48 videos`."""
+    motion, seconds = line.cells.get("motion"), line.cells.get("seconds")
+    parts = []
+    if motion is not None:
+        gain = (
+            ""
+            if motion.difference is None
+            else f" ({motion.difference:+.3f} [{motion.difference_low:+.3f}, {motion.difference_high:+.3f}])"
+        )
+        parts.append(f"motion {motion.mean:.3f}{gain}")
+    if seconds is not None:
+        parts.append(f"{seconds.mean:.3g} s a video")
+    parts.append(f"{line.made} videos" + (f", {line.failed} failed" if line.failed else ""))
+    return f"{line.label}: {', '.join(parts)}"

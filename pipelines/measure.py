@@ -1,0 +1,134 @@
+"""The actor of the evaluation: reads a result's video and its reference, computes every metric there is a way to, commits its block.
+
+A block's rows are written by the actor itself, at a name that follows from them, so a block that is made twice overwrites itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from pydantic import ValidationError
+
+from pipelines import models
+from pipelines.storage import Storage, StorageUnavailable, join
+from schemas import EvaluateSettings, MetricRow, RowError
+from vmt_core import video
+from vmt_core.metrics import encoders
+from vmt_core.metrics.suite import VERSIONS, Suite, Video
+from vmt_core.shapes import Frames
+from vmt_core.world import Scene
+
+_COMMON = (
+    "sample_id", "method", "method_settings", "prompt", "seed", "category", "reference_uri", "reference_digest", "video_uri",
+    "model", "model_revision", "evaluations",
+)  # fmt: skip
+_SECONDS = ("seconds_encode", "seconds_transfer", "seconds_finish")
+#: Columns of a result row that are needed.
+COLUMNS = (*_COMMON, *_SECONDS, "error_code", "error_message", "reference_video_uri", "frames", "height", "width", "fps",
+           "start_frame")  # fmt: skip
+
+
+def suite_of(settings: EvaluateSettings) -> str:
+    """What decides the values: versions of the metrics, and the models; JSON."""
+    given = {name: getattr(settings, name) for name in ("clip", "dino", "aesthetic_clip", "aesthetic_head")}
+    return json.dumps({"metrics": VERSIONS, "models": given}, sort_keys=True)
+
+
+def folder_of(settings: EvaluateSettings) -> str:
+    """Where the metrics of this suite lie; those of another one stay beside."""
+    digest = hashlib.sha256(suite_of(settings).encode()).hexdigest()[:12]
+    return join(settings.output, "metrics", f"suite={digest}")
+
+
+class Measure:
+    """Loads the encoders that were given once; then batches of result rows become metric rows."""
+
+    def __init__(self, settings: EvaluateSettings, run: str, done: frozenset[str]) -> None:
+        torch.set_num_threads(settings.measure.threads or max(1, int(settings.measure.cpus)))
+        self.settings, self.run, self.done = settings, run, done
+        self.storage = Storage(settings.storage)
+        self.suite = Suite(
+            clip=self._clip(settings.clip),
+            dino=encoders.Dino(models.local(settings.dino, self.storage), settings.device) if settings.dino else None,
+            aesthetic_clip=self._clip(settings.aesthetic_clip),
+            aesthetic_head=self._head(settings.aesthetic_head),
+        )
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows = [row for row in table.to_pylist() if row["sample_id"] not in self.done]
+        measured = [self._measure(row) for row in rows]
+        if measured:
+            made = pa.Table.from_pylist([row.model_dump() for row in measured], schema=MetricRow.arrow_schema())
+            sink = pa.BufferOutputStream()
+            pq.write_table(made, sink, compression="zstd")
+            digest = hashlib.sha256("".join(row.run + row.sample_id for row in measured).encode()).hexdigest()[:24]
+            self.storage.write(join(folder_of(self.settings), f"{digest}.parquet"), sink.getvalue().to_pybytes())
+        failed = sum(row.status == "failed" for row in measured)
+        return pa.table({"measured": [len(measured)], "failed": [failed]})
+
+    def _measure(self, row: dict[str, Any]) -> MetricRow:
+        seconds = [row[name] for name in _SECONDS if row[name] is not None]
+        common = {name: row[name] for name in _COMMON} | {
+            "run": self.run,
+            "seconds": sum(seconds) if seconds else None,
+            "suite": suite_of(self.settings),
+        }
+        if row["error_code"] is not None:
+            return MetricRow(
+                **common, status="failed", error_code=row["error_code"], error_message=row["error_message"]
+            )
+        try:
+            with tempfile.TemporaryDirectory(prefix="vmt-") as folder:
+                frames, _ = self._read(row, row["video_uri"], Path(folder) / "video.mp4")
+                reference, tags = self._read(row, row["reference_video_uri"], Path(folder) / "reference.mp4")
+            scene = _scene(row, tags)
+            values, reasons = self.suite.measure(Video(frames, reference, row["prompt"], scene))
+        except RowError as error:
+            return MetricRow(**common, status="failed", error_code=error.code.value, error_message=error.message[:2000])
+        except StorageUnavailable as error:
+            return MetricRow(
+                **common, status="failed", error_code="storage_unavailable", error_message=str(error)[:2000]
+            )
+        return MetricRow(**common, **values, status="ok", exact=scene is not None, absent=json.dumps(reasons))
+
+    def _read(self, row: dict[str, Any], uri: str, local: Path) -> tuple[Frames, dict[str, str]]:
+        limits = self.settings.limits
+        try:
+            self.storage.fetch(uri, local, most_bytes=limits.max_reference_mib * 2**20)
+            frames = video.read(
+                local, height=row["height"], width=row["width"], frames=row["frames"], fps=row["fps"], limits=limits
+            )
+            return frames, video.tags(local)
+        except RowError as error:
+            raise RowError(error.code, error.message.replace(str(local), uri)) from error
+
+    def _clip(self, model: str | None) -> encoders.Clip | None:
+        return encoders.Clip(models.local(model, self.storage), self.settings.device) if model else None
+
+    def _head(self, uri: str | None) -> encoders.AestheticHead | None:
+        if uri is None:
+            return None
+        with tempfile.TemporaryDirectory(prefix="vmt-") as folder:
+            self.storage.fetch(uri, Path(folder) / "head.safetensors", most_bytes=2**24)
+            return encoders.AestheticHead(Path(folder) / "head.safetensors")
+
+
+def _scene(row: dict[str, Any], tags: dict[str, str]) -> Scene | None:
+    """The scene of a procedural reference, at the size of the video, if the video saw all of it from its start."""
+    try:
+        scene = Scene.model_validate_json(tags["scene"])
+    except (KeyError, ValidationError):
+        return None
+    whole = row["start_frame"] == 0 and abs(scene.fps - row["fps"]) < 1e-3 and scene.frames >= row["frames"]
+    if not whole or scene.height * row["width"] != scene.width * row["height"]:
+        return None
+    if scene.frames != row["frames"]:
+        return None
+    return scene.model_copy(update={"height": row["height"], "width": row["width"]})

@@ -1,0 +1,111 @@
+"""Every reference is read, encoded and described once, by Ray Data, into a cache that is addressed by content."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import ray
+from ray.data import ActorPoolStrategy
+
+from pipelines import cluster, models
+from pipelines.storage import Storage, join
+from schemas import AdapterRow, RowError, TuneSettings
+from schemas.errors import ErrorCode
+from vmt_core import video
+from vmt_core.adapters.settings import FollowYourMotion
+
+_DECIDES = (
+    "reference_digest", "start_frame", "end_frame", "fps", "height", "width", "frames", "caption", "model_revision",
+    "tuning_version",
+)  # fmt: skip
+
+
+def place(output: str, row: AdapterRow) -> str:
+    """Where a row's prepared reference lies: the same for all settings of the tuning that do not change it."""
+    values = {name: getattr(row, name) for name in _DECIDES}
+    values["stride"] = FollowYourMotion.model_validate_json(row.tuning).stride
+    digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
+    return join(output, "prepared", f"{digest}.safetensors")
+
+
+def prepare_all(
+    settings: TuneSettings, storage: Storage, rows: list[AdapterRow], say: Callable[[str], None]
+) -> list[AdapterRow]:
+    """Prepares what is not prepared yet; the rows come back, some of them failed."""
+    missing = [row for row in rows if not storage.exists(place(settings.output, row))]
+    if not missing:
+        return rows
+    say(f"{len(missing)} references to prepare")
+    cluster.quiet_data()
+    table = pa.Table.from_pylist([row.model_dump() for row in missing], schema=AdapterRow.arrow_schema())
+    data = (
+        ray.data.from_arrow(table)
+        .repartition(target_num_rows_per_block=1)
+        .map_batches(
+            Prepare,
+            fn_constructor_args=(settings,),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=min(settings.training.prepare.actors, len(missing))),
+            num_cpus=settings.training.prepare.cpus,
+            num_gpus=settings.training.prepare.gpus,
+        )
+    )
+    prepared = {row["adapter_id"]: AdapterRow.model_validate(row) for row in data.take_all()}
+    return [prepared.get(row.adapter_id, row) for row in rows]
+
+
+class Prepare:
+    """An actor with the VAE and the text encoder."""
+
+    def __init__(self, settings: TuneSettings) -> None:
+        import torch
+
+        from vmt_core.backbone.wan import Backbone
+
+        torch.set_num_threads(settings.training.prepare.threads or max(1, int(settings.training.prepare.cpus)))
+        self.settings, self.storage = settings, Storage(settings.storage)
+        path = models.local(settings.model, self.storage)
+        device = "cuda" if settings.training.prepare.gpus else "cpu"
+        self.backbone = Backbone.load(path, parts=("vae", "text"), device=device)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        rows = [AdapterRow.model_validate(values) for values in table.to_pylist()]
+        done = [self._prepare(row) for row in rows]
+        return pa.Table.from_pylist([row.model_dump() for row in done], schema=AdapterRow.arrow_schema())
+
+    def _prepare(self, row: AdapterRow) -> AdapterRow:
+        from vmt_core.adapters.follow_your_motion import prepare
+
+        limits = self.settings.limits
+        failure: dict[str, Any]
+        try:
+            with tempfile.TemporaryDirectory(prefix="vmt-") as folder:
+                clip, file = Path(folder) / "reference", Path(folder) / "prepared.safetensors"
+                most = limits.max_reference_mib * 2**20
+                self.storage.fetch(row.reference_uri, clip, most_bytes=most, digest=row.reference_digest)
+                frames = video.read(
+                    clip,
+                    height=row.height,
+                    width=row.width,
+                    frames=row.frames,
+                    fps=row.fps,
+                    start=row.start_frame,
+                    end=row.end_frame,
+                    limits=limits,
+                )
+                stride = FollowYourMotion.model_validate_json(row.tuning).stride
+                prepare(self.backbone, frames, row.caption, stride).save(file)
+                self.storage.put(file, place(self.settings.output, row))
+                return row
+        except RowError as error:
+            failure = {"error_code": error.code, "error_message": error.message[:2000]}
+        except Exception as error:
+            failure = {"error_code": ErrorCode.INTERNAL, "error_message": f"{type(error).__name__}: {error}"[:2000]}
+        return row.model_copy(update={"status": "failed", **failure})

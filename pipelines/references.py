@@ -1,0 +1,143 @@
+"""References as users list them: a folder, a glob, a prefix or a table; each clip is opened before anything is made of it."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import io
+import json
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset as ds
+from pydantic import ValidationError
+
+from pipelines.storage import Storage, join, scheme
+from schemas import ErrorCode, PlanSettings, Reference, RowError, TuneSettings, UsageError
+from vmt_core import video
+from vmt_core.presets import native
+
+_TABLES = (".parquet", ".csv", ".jsonl")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A reference that was opened, and what is taken of it."""
+
+    reference: Reference
+    digest: str
+    fps: float
+    frames: int  # 4k+1
+
+
+def references(storage: Storage, uri: str) -> list[Reference]:
+    """The clips of a folder, glob, prefix, table or single file. Paths in a table count from the table's folder.
+
+    Raises:
+        UsageError: nothing there, or a table that cannot be read; says which line.
+    """
+    if uri.endswith(_TABLES):
+        return _table(storage, uri)
+    pattern = any(character in uri for character in "*?[")
+    names = storage.glob(uri) if pattern else storage.find(uri)
+    if not pattern and any(name.endswith(".parquet") for name in names):
+        inside = join(uri, "references")  # what synthesize writes
+        return _table(storage, inside if storage.is_folder(inside) else uri)
+    names = [name for name in names if Path(name).suffix.lower() in video.SUFFIXES]
+    if not names:
+        raise UsageError(f"--references {uri}: no video there ({' '.join(sorted(video.SUFFIXES))})")
+    return [Reference(uri=name) for name in names]
+
+
+def _table(storage: Storage, uri: str) -> list[Reference]:
+    try:
+        lines = list(_lines(storage, uri))
+    except (FileNotFoundError, ValueError) as error:
+        raise UsageError(f"--references {uri}: {error}") from error
+    folder = uri.rsplit("/", 1)[0] if "/" in uri else "."
+    found = []
+    for number, line in enumerate(lines, start=1):
+        values = {name: value for name, value in line.items() if value not in (None, "")}
+        try:
+            reference = Reference.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise UsageError(
+                f"--references {uri}, row {number}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+            ) from error
+        place = reference.uri
+        if scheme(place) == "file" and not place.startswith(("/", "~", "file://")):
+            place = join(folder, place)
+        found.append(reference.model_copy(update={"uri": place}))
+    if not found:
+        raise UsageError(f"--references {uri}: has no rows")
+    return found
+
+
+def _lines(storage: Storage, uri: str) -> Iterable[dict[str, Any]]:
+    if not uri.endswith((".csv", ".jsonl")):
+        yield from _parquet(storage, uri)
+        return
+    text = storage.read(uri).decode("utf-8-sig")
+    if uri.endswith(".csv"):
+        yield from csv.DictReader(io.StringIO(text, newline=""))
+        return
+    for number, line in enumerate(text.splitlines(), start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"line {number}: not JSON: {error}") from error
+
+
+def _parquet(storage: Storage, uri: str) -> Iterable[dict[str, Any]]:
+    """Rows of a Parquet file or of a dataset partitioned by folders; columns that say nothing of a reference are left out."""
+    filesystem, path = storage.arrow(uri)
+    data = ds.dataset(path, filesystem=filesystem, partitioning="hive", format="parquet")
+    known = list(Reference.model_fields)
+    for name in data.schema.names:
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
+        if name not in known and near and near[0] not in data.schema.names:
+            raise ValueError(f"column {name!r}: did you mean {near[0]!r}?")
+    for batch in data.to_batches(columns=[name for name in known if name in data.schema.names]):
+        yield from batch.to_pylist()
+
+
+def open_all(
+    storage: Storage, settings: PlanSettings | TuneSettings, found: list[Reference]
+) -> tuple[list[Clip], list[tuple[Reference, RowError]]]:
+    """The clips that can be used, in order, and those that cannot, with the reason."""
+
+    def look(reference: Reference) -> Clip | tuple[Reference, RowError]:
+        try:
+            return _open(storage, settings, reference)
+        except RowError as error:
+            return reference, error
+
+    with ThreadPoolExecutor(max_workers=8) as pool:
+        looked = list(pool.map(look, found))
+    return [clip for clip in looked if isinstance(clip, Clip)], [bad for bad in looked if not isinstance(bad, Clip)]
+
+
+def _open(storage: Storage, settings: PlanSettings | TuneSettings, reference: Reference) -> Clip:
+    limits, uri = settings.limits, reference.uri
+    if scheme(uri) not in limits.schemes:
+        allowed = ", ".join(limits.schemes)
+        raise RowError(ErrorCode.SCHEME_FORBIDDEN, f"{uri}: its scheme is not in limits.schemes ({allowed})")
+    with tempfile.TemporaryDirectory(prefix="vmt-") as folder:
+        local = Path(folder) / "reference"
+        try:
+            digest = storage.fetch(uri, local, most_bytes=limits.max_reference_mib * 2**20)
+            info = video.probe(local, limits)
+        except RowError as error:
+            raise RowError(error.code, error.message.replace(str(local), uri)) from error
+    fps = reference.fps or settings.fps or info.fps
+    most = settings.frames or native(settings.model).frames
+    frames = video.clip_frames(info, reference.start_frame, reference.end_frame, fps, most)
+    if frames < 5:
+        raise RowError(ErrorCode.TOO_FEW_FRAMES, f"{uri}: {info.frames} frames at {info.fps:g} fps give fewer than 5")
+    return Clip(reference, digest, fps, frames)

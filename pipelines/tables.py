@@ -1,0 +1,282 @@
+"""Tables of methods: means, paired differences to a baseline with bootstrap intervals, win rates; as CSV, Parquet, Markdown and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from schemas import MetricRow
+
+#: Metric -> whether more is better (None: neither; it is there to read the others by).
+BETTER: dict[str, bool | None] = {
+    "motion": True,
+    "motion_matched": True,
+    "moving": None,
+    "smoothness": True,
+    "flow_consistency": True,
+    "background_leak": False,
+    "text_similarity": True,
+    "temporal_consistency": True,
+    "subject_consistency": True,
+    "background_consistency": True,
+    "aesthetic_quality": True,
+    "seconds": False,
+}
+ALL = "all"
+
+#: Table 1 of FastVMT (arXiv 2602.05551). Other clips, other hardware, unstated CLIP: not comparable in absolute terms.
+PUBLISHED = (
+    ("FastVMT", 0.2422, 0.7471, 0.9865, 184.18, 0.9809, 0.9684, 0.5778, 0.9891),
+    ("DiTFlow", 0.2091, 0.4062, 0.9822, 626.83, 0.9557, 0.9678, 0.5310, 0.9801),
+    ("SMM", 0.2374, 0.7353, 0.9366, 809.70, 0.8907, 0.9352, 0.5770, 0.9702),
+    ("MotionClone", 0.2304, 0.7315, 0.9722, 397.05, 0.9601, 0.9545, 0.4615, 0.9616),
+    ("MOFT", 0.2297, 0.6511, 0.9797, 595.81, 0.9593, 0.9413, 0.4581, 0.9716),
+    ("DeT", 0.2187, 0.6116, 0.9818, 2745.60, 0.9787, 0.9654, 0.3559, 0.9598),
+    ("MotionDirector", 0.2336, 0.4524, 0.9531, 806.64, 0.9173, 0.9379, 0.3443, 0.9633),
+    ("MotionInversion", 0.2388, 0.6515, 0.9605, 632.41, 0.9339, 0.9372, 0.4062, 0.9532),
+)
+_PAPER = (
+    "text_similarity", "motion_matched", "temporal_consistency", "seconds", "subject_consistency", "background_consistency",
+    "aesthetic_quality", "smoothness",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One metric of one method: mean, interval of the mean, and against the baseline on the same reference, prompt and seed."""
+
+    count: int
+    mean: float
+    low: float
+    high: float
+    difference: float | None = None
+    difference_low: float | None = None
+    difference_high: float | None = None
+    wins: float | None = None  # share of pairs in which this method is better; draws count half
+    pairs: int = 0
+
+
+@dataclass(frozen=True)
+class Line:
+    """One method, in one category or in all."""
+
+    label: str
+    method: str
+    category: str
+    made: int
+    failed: int
+    cells: dict[str, Cell]
+
+
+def compare(rows: Iterable[MetricRow], baseline: str, draws: int = 2000) -> list[Line]:
+    """A line for every method, in all categories together and in each; the baseline first.
+
+    The order of rows does not matter.
+    """
+    rows = sorted(rows, key=lambda row: (row.run, row.sample_id))
+    labels = label(rows)
+    ordered = sorted(set(labels.values()), key=lambda name: (name.split(" ")[0] != baseline, name))
+    categories = [ALL, *sorted({row.category for row in rows if row.category})]
+    lines = []
+    for category in categories:
+        chosen = [row for row in rows if category in (ALL, row.category)]
+        base = {_pair(row): row for row in chosen if labels[_variant(row)] == baseline and row.status == "ok"}
+        for name in ordered:
+            mine = [row for row in chosen if labels[_variant(row)] == name]
+            if not mine:
+                continue
+            ok = [row for row in mine if row.status == "ok"]
+            cells = {
+                metric: cell
+                for metric in BETTER
+                if (cell := _cell(metric, ok, base if name != baseline else {}, draws)) is not None
+            }
+            lines.append(Line(name, mine[0].method, category, len(ok), len(mine) - len(ok), cells))
+    return lines
+
+
+def label(rows: Sequence[MetricRow]) -> dict[tuple[str, str, str], str]:
+    """A name for every variant (run, method, settings): the method, and what sets it apart from the same method's others."""
+    variants = sorted({_variant(row) for row in rows})
+    runs = {run for run, _, _ in variants}
+    names = {}
+    for run, method, settings in variants:
+        twins = [_flat(json.loads(other)) for _, name, other in variants if name == method]
+        mine = _flat(json.loads(settings))
+        apart = [key for key in sorted(mine) if any(twin.get(key) != mine[key] for twin in twins)]
+        parts = [method, *(f"{key}={mine[key]}" for key in apart)]
+        if len(runs) > 1 and any(
+            other != run and (name, value) == (method, settings) for other, name, value in variants
+        ):
+            parts.append(f"({run.rstrip('/').rsplit('/', 1)[-1]})")
+        names[run, method, settings] = " ".join(parts)
+    return names
+
+
+def interval(values: np.ndarray[Any, Any], draws: int) -> tuple[float, float]:
+    """The 95 % bootstrap interval of a mean."""
+    if len(values) < 2:
+        return float(values.mean()), float(values.mean())
+    generator = np.random.default_rng(0)
+    means = np.concatenate(
+        [
+            values[generator.integers(0, len(values), (min(100, draws - at), len(values)))].mean(1)
+            for at in range(0, draws, 100)
+        ]
+    )
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def to_csv(lines: Sequence[Line]) -> str:
+    """A line for each method and category, a column for each number."""
+    names = [metric for metric in BETTER if any(metric in line.cells for line in lines)]
+    fields = ("mean", "low", "high", "difference", "difference_low", "difference_high", "wins", "pairs")
+    sink = io.StringIO()
+    writer = csv.writer(sink, lineterminator="\n")
+    writer.writerow(
+        ["method", "category", "made", "failed", *(f"{name}_{field}" for name in names for field in fields)]
+    )
+    for line in lines:
+        cells = [line.cells.get(name) for name in names]
+        numbers = [None if cell is None else getattr(cell, field) for cell in cells for field in fields]
+        shown = ["" if number is None else f"{number:.6g}" for number in numbers]
+        writer.writerow([line.label, line.category, line.made, line.failed, *shown])
+    return sink.getvalue()
+
+
+def to_markdown(lines: Sequence[Line]) -> str:
+    """A table for each category: means, differences to the baseline in brackets with their interval."""
+    names = [metric for metric in BETTER if any(metric in line.cells for line in lines)]
+    text = []
+    for category in dict.fromkeys(line.category for line in lines):
+        part = [line for line in lines if line.category == category]
+        text += [
+            f"### {category}",
+            "",
+            "| method | videos | " + " | ".join(names) + " |",
+            "|" + "---|" * (len(names) + 2),
+        ]
+        for line in part:
+            cells = " | ".join(_shown(line.cells.get(name)) for name in names)
+            text.append(f"| {line.label} | {line.made}{f' (+{line.failed} failed)' if line.failed else ''} | {cells} |")
+        text.append("")
+    return "\n".join(text)
+
+
+def to_latex(lines: Sequence[Line]) -> str:
+    """Means over all categories, the best of each metric in bold."""
+    part = [line for line in lines if line.category == ALL]
+    names = [metric for metric in BETTER if any(metric in line.cells for line in part)]
+    text = [
+        r"\begin{tabular}{l" + "r" * len(names) + "}",
+        r"\toprule",
+        " & ".join(["method", *(_tex(name) for name in names)]) + r" \\",
+        r"\midrule",
+    ]
+    for line in part:
+        cells = []
+        for name in names:
+            cell = line.cells.get(name)
+            best = _best(name, part)
+            shown = "--" if cell is None else f"{cell.mean:.3f}"
+            cells.append(rf"\textbf{{{shown}}}" if cell is not None and cell.mean == best else shown)
+        text.append(" & ".join([_tex(line.label), *cells]) + r" \\")
+    return "\n".join([*text, r"\bottomrule", r"\end{tabular}", ""])
+
+
+def papers_shape(lines: Sequence[Line]) -> str:
+    """Markdown: the columns of FastVMT's Table 1, ours above the published ones."""
+    head = [
+        "method",
+        "text sim.",
+        "motion fid.",
+        "temp. cons.",
+        "time, s",
+        "subject",
+        "background",
+        "aesthetic",
+        "smoothness",
+    ]
+    text = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for line in lines:
+        if line.category == ALL:
+            cells = [line.cells.get(name) for name in _PAPER]
+            text.append(
+                "| " + " | ".join([line.label, *("" if cell is None else f"{cell.mean:.4g}" for cell in cells)]) + " |"
+            )
+    text += [
+        "| " + " | ".join([f"*{name}, published*", *(f"{value:g}" for value in values)]) + " |"
+        for name, *values in PUBLISHED
+    ]
+    note = (
+        "Published numbers: Table 1 of arXiv 2602.05551. Other clips, other hardware, CLIP variant unstated, motion fidelity by "
+        "CoTracker and smoothness by AMT where ours are by optical flow: not comparable in absolute terms."
+    )
+    return "\n".join([*text, "", note, ""])
+
+
+def _cell(metric: str, rows: Sequence[MetricRow], base: dict[tuple[Any, ...], MetricRow], draws: int) -> Cell | None:
+    known = [(row, value) for row in rows if (value := getattr(row, metric)) is not None]
+    if not known:
+        return None
+    values = np.array([value for _, value in known], float)
+    low, high = interval(values, draws)
+    both = [
+        (value, other)
+        for row, value in known
+        if (twin := base.get(_pair(row))) is not None and (other := getattr(twin, metric)) is not None
+    ]
+    if not both:
+        return Cell(len(values), float(values.mean()), low, high)
+    differences = np.array([value - other for value, other in both], float)
+    first, last = interval(differences, draws)
+    better = BETTER[metric]
+    signed = differences if better is None or better else -differences
+    wins = None if better is None else float((signed > 0).mean() + (signed == 0).mean() / 2)
+    return Cell(
+        len(values), float(values.mean()), low, high, float(differences.mean()), first, last, wins, len(differences)
+    )
+
+
+def _variant(row: MetricRow) -> tuple[str, str, str]:
+    return row.run, row.method, row.method_settings
+
+
+def _pair(row: MetricRow) -> tuple[Any, ...]:
+    """What two methods' videos have in common that are compared."""
+    return row.reference_digest, row.reference_uri, row.prompt, row.seed, row.model_revision
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {
+            key: leaf
+            for name, inner in value.items()
+            for key, leaf in _flat(inner, f"{path}.{name}" if path else name).items()
+        }
+    return {path: json.dumps(value)}
+
+
+def _best(metric: str, lines: Sequence[Line]) -> float | None:
+    means = [line.cells[metric].mean for line in lines if metric in line.cells]
+    better = BETTER[metric]
+    return None if better is None or not means else (max if better else min)(means)
+
+
+def _shown(cell: Cell | None) -> str:
+    if cell is None:
+        return ""
+    if cell.difference is None:
+        return f"{cell.mean:.3f}"
+    return f"{cell.mean:.3f} ({cell.difference:+.3f} [{cell.difference_low:+.3f}, {cell.difference_high:+.3f}])"
+
+
+def _tex(text: str) -> str:
+    return text.replace("_", r"\_").replace("%", r"\%").replace("&", r"\&").replace("#", r"\#")

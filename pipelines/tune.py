@@ -1,0 +1,305 @@
+"""The fleet: every reference is prepared once by Ray Data, then one Ray Train run each tunes its adapter, several at once.
+
+OUT/prepared/<key>.safetensors                       latents and caption of a reference
+OUT/adapters/method=…/<adapter_id>/                  see vmt_core/adapters/files.py
+OUT/adapters/index/<adapter_id>.parquet              a row for each reference: what it was, how it ended
+OUT/run/training/<adapter_id>/                       Ray Train's checkpoints, while it lasts
+OUT/run/tensorboard/<adapter_id>/                    losses and gradients, step by step
+OUT/run/samples/<adapter_id>/                        videos on the way, if asked for
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import ray
+
+from pipelines import cluster, lock, models, progress
+from pipelines.cluster import RunFailed
+from pipelines.prepare import prepare_all
+from pipelines.references import Clip, open_all, references
+from pipelines.storage import Storage, absolute, describe, join
+from schemas import AdapterRow, ErrorCode, Reference, RowError, StageSettings, TuneSettings, UsageError
+from vmt_core import flops
+from vmt_core.adapters import files
+from vmt_core.adapters.settings import TUNING_VERSION, FollowYourMotion
+from vmt_core.backbone.geometry import Geometry
+from vmt_core.methods import METHODS
+from vmt_core.presets import native
+
+_SHOWN_BAD = 20
+
+
+def run(settings: TuneSettings, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Tunes the missing adapters of all references; returns the summary that it also writes to OUT/run/summary.json.
+
+    Raises:
+        UsageError: what was asked cannot be done; nothing was made.
+        RunFailed: it stopped before its end; the same command goes on from there.
+    """
+    storage = Storage(settings.storage)
+    return tune(settings, storage, rows(settings, storage, say), say)
+
+
+def rows(settings: TuneSettings, storage: Storage, say: Callable[[str], None]) -> list[AdapterRow]:
+    """A row for every reference; what cannot be tuned on has failed already.
+
+    Raises:
+        UsageError: no method, model or reference to tune with.
+    """
+    tuning = method_tuning(settings)
+    if unknown := set(settings.training.export) - set(files.FORMATS):
+        raise UsageError(f"--export {sorted(unknown)[0]!r} is not one of {', '.join(files.FORMATS)}")
+    try:
+        revision = models.revision(settings.model, storage)
+    except FileNotFoundError as error:
+        raise UsageError(f"--model {error}") from error
+    clips, bad = open_all(storage, settings, references(storage, settings.references))
+    for _, error in bad[:_SHOWN_BAD]:
+        say(f"bad clip: {error.code}: {error.message}")
+    defaults = native(settings.model)
+    common = {
+        "method": settings.method,
+        "tuning": tuning.model_dump_json(),
+        "height": settings.height or defaults.height,
+        "width": settings.width or defaults.width,
+        "model": settings.model,
+        "model_revision": revision,
+        "tuning_version": TUNING_VERSION,
+    }
+    found = [_row(common, clip.reference, settings, clip) for clip in clips]
+    found += [_row(common, reference, settings, None).model_copy(update=_failure(error)) for reference, error in bad]
+    unique = {row.adapter_id: row for row in reversed(found)}
+    if len(unique) < len(found):
+        say(f"{len(found) - len(unique)} references are clips that stand there twice")
+    return list(reversed(unique.values()))
+
+
+def method_tuning(settings: TuneSettings) -> FollowYourMotion:
+    """The method's settings.
+
+    Raises:
+        UsageError: it is no method that is tuned, or a setting is wrong.
+    """
+    tuned = {name for name, make in METHODS.items() if make().adapter is not None}
+    if settings.method not in tuned:
+        raise UsageError(f"--method {settings.method!r} is not one of {', '.join(sorted(tuned))}")
+    preset = settings.preset or native(settings.model).preset
+    try:
+        return FollowYourMotion.preset(preset, **settings.tuning)
+    except ValueError as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        raise UsageError(f"--preset {preset}, tuning: {' '.join(lines[:3])}") from error
+
+
+def tune(
+    settings: TuneSettings, storage: Storage, wanted: list[AdapterRow], say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Makes the adapters of rows that have none yet.
+
+    Raises:
+        RunFailed: some rows neither have an adapter now nor failed.
+    """
+    if settings.training.wandb and importlib.util.find_spec("wandb") is None:
+        raise UsageError("--training.wandb: the package is not installed; pip install wandb")
+    config = models.config(settings.model, storage)
+    _workers_share(wanted, settings.training.workers_per_reference)
+    done = index(storage, settings.output)
+    if settings.retry_failed:
+        done = {key: row for key, row in done.items() if row.status == "ok"}
+    for row in wanted:
+        if row.status == "failed" and row.adapter_id not in done:
+            _keep(storage, settings.output, row)
+    missing = [row for row in wanted if row.status == "planned" and row.adapter_id not in done]
+    chosen = missing[: settings.limit]
+    say(f"{len(wanted)} references, {len(wanted) - len(missing)} done before, {len(chosen)} to tune now")
+    say(estimate(chosen, config, settings))
+    if settings.dry_run:
+        return {"planned": len(chosen), "failed": 0}
+    began = time.monotonic()
+    if chosen:
+        worker = StageSettings(
+            actors=settings.training.workers_per_reference,
+            cpus=settings.training.cpus_per_worker,
+            gpus=float(uses_gpus(settings)),
+        )
+        with (
+            lock.held(storage, join(settings.output, "run", "lock.json")),
+            cluster.connected(settings.ray, (settings.training.prepare, worker)),
+        ):
+            storage.write(join(settings.output, "run", "settings.json"), settings.model_dump_json(indent=2).encode())
+            ready = prepare_all(settings, storage, chosen, say)
+            for row in ready:
+                if row.status == "failed":
+                    _keep(storage, settings.output, row)
+            _train_all(settings, storage, [row for row in ready if row.status == "planned"], say)
+    made = index(storage, settings.output)
+    ended = [made[row.adapter_id] for row in wanted if row.adapter_id in made]
+    failed: dict[str, int] = {}
+    for row in ended:
+        if row.status == "failed":
+            failed[str(row.error_code)] = failed.get(str(row.error_code), 0) + 1
+    summary = {
+        "title": "Tuning",
+        "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - began, 3),
+        "model": settings.model,
+        "method": settings.method,
+        "selected": len(wanted),
+        "ok": sum(row.status == "ok" for row in ended),
+        "failed": sum(failed.values()),
+        "left": len(wanted) - len(ended),
+        "failed_by_code": failed,
+    }
+    storage.write(join(settings.output, "run", "summary.json"), json.dumps(summary, indent=2).encode())
+    for row in [row for row in ended if row.status == "failed"][:_SHOWN_BAD]:
+        say(f"failed: {row.reference_uri}: {row.error_code}: {row.error_message}")
+    say(
+        f"{summary['ok']} adapters, {summary['failed']} failed, {summary['left']} left, "
+        f"{progress.duration(time.monotonic() - began)} in this run"
+    )
+    say(f"adapters  {join(settings.output, 'adapters')}")
+    if summary["left"] != len(missing) - len(chosen):
+        raise RunFailed(f"{summary['left']} references were not finished; the same command goes on from there")
+    return summary
+
+
+def _workers_share(wanted: list[AdapterRow], workers: int) -> None:
+    for text in {row.tuning for row in wanted}:
+        tuning = FollowYourMotion.model_validate_json(text)
+        for name, schedule in {"spatial": tuning.spatial, "temporal": tuning.temporal}.items():
+            if schedule.draws % workers:
+                raise UsageError(
+                    f"training.workers_per_reference={workers}: {schedule.draws} draws a step cannot be shared evenly by {workers} "
+                    f"workers; set {name}.draws to a multiple of {workers}"
+                )
+
+
+def index(storage: Storage, output: str) -> dict[str, AdapterRow]:
+    """What became of every reference so far, by adapter id."""
+    folder = join(output, "adapters", "index")
+    if not storage.is_folder(folder):
+        return {}
+    filesystem, path = storage.arrow(folder)
+    table = ds.dataset(path, filesystem=filesystem, format="parquet", schema=AdapterRow.arrow_schema()).to_table()
+    return {values["adapter_id"]: AdapterRow.model_validate(values) for values in table.to_pylist()}
+
+
+def uses_gpus(settings: TuneSettings) -> bool:
+    """Whether workers have GPUs; `auto` asks a running Ray, or this machine."""
+    if settings.device != "auto":
+        return settings.device == "cuda"
+    if ray.is_initialized():
+        return bool(ray.cluster_resources().get("GPU"))
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def estimate(chosen: list[AdapterRow], config: dict[str, Any], settings: TuneSettings) -> str:
+    """Steps, FLOPs and time of what is to be trained, in a line."""
+    total, steps, memory = 0.0, 0, 0.0
+    for row in chosen:
+        tuning = FollowYourMotion.model_validate_json(row.tuning)
+        clip = Geometry.of_latents(
+            ((row.frames - 1) // 4 + 1, row.height // 8, row.width // 8), tuple(config["patch_size"])
+        )
+        cost = flops.tuning(config, clip, tuning)
+        total += cost.flops
+        steps += tuning.spatial.steps + tuning.temporal.steps
+        memory = max(memory, cost.parameters)
+    return (
+        f"estimate: {steps:,} steps, {total:.3g} FLOPs, {total / (settings.tflops * 1e12) / 3600:.3g} GPU hours at "
+        f"{settings.tflops:g} TFLOP/s, {memory / 1e6:,.3g} M trained weights an adapter "
+        f"({16 * memory / 2**30:.2g} GiB with gradients and optimizer)"
+    )
+
+
+def _row(common: dict[str, Any], reference: Reference, settings: TuneSettings, clip: Clip | None) -> AdapterRow:
+    caption = reference.caption or settings.caption or ""
+    row = AdapterRow.planned(
+        **common,
+        reference_uri=absolute(reference.uri),
+        reference_digest=clip.digest if clip else f"unread {reference.uri}",
+        start_frame=reference.start_frame,
+        end_frame=reference.end_frame,
+        fps=clip.fps if clip else reference.fps or 1.0,
+        frames=clip.frames if clip else 0,
+        caption=caption,
+        category=reference.category,
+    )
+    if clip and not caption.strip():
+        error = RowError(
+            ErrorCode.CAPTION_EMPTY,
+            f"{reference.uri}: has no caption; give one in a references table, or --caption for all of them",
+        )
+        return row.model_copy(update=_failure(error))
+    return row
+
+
+def _failure(error: RowError) -> dict[str, Any]:
+    return {"status": "failed", "error_code": error.code, "error_message": error.message[:2000]}
+
+
+def _keep(storage: Storage, output: str, row: AdapterRow) -> None:
+    """Writes a row into the index."""
+    row = row.model_copy(update={"finished_at": datetime.now(UTC).isoformat(timespec="seconds")})
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.Table.from_pylist([row.model_dump()], schema=AdapterRow.arrow_schema()), sink)
+    storage.write(join(output, "adapters", "index", f"{row.adapter_id}.parquet"), sink.getvalue().to_pybytes())
+
+
+def _train_all(settings: TuneSettings, storage: Storage, chosen: list[AdapterRow], say: Callable[[str], None]) -> None:
+    """Trains on every row, as many at once as there is room for; each ends in the index."""
+    from pipelines.training import train_adapter  # brings diffusers
+
+    at_once = min(len(chosen), settings.training.at_once or _room(settings)) or 1
+    began, ended, failures = time.monotonic(), 0, 0
+    told = threading.Lock()
+
+    def one(row: AdapterRow) -> None:
+        nonlocal ended, failures
+        try:
+            finished = row.model_copy(
+                update={"status": "ok", **train_adapter(settings, storage, row, gpus=uses_gpus(settings))}
+            )
+        except RowError as error:
+            finished = row.model_copy(update=_failure(error))
+        _keep(storage, settings.output, finished)
+        with told:
+            ended, failures = ended + 1, failures + (finished.status == "failed")
+            rate = ended / (time.monotonic() - began)
+            say(
+                f"{ended}/{len(chosen)} references  {60 * rate:.2f}/min  "
+                f"{progress.duration((len(chosen) - ended) / rate)} left  {failures} failed"
+            )
+
+    with ThreadPoolExecutor(max_workers=at_once, thread_name_prefix="tune") as pool:
+        futures = [pool.submit(one, row) for row in chosen]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException as error:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if isinstance(error, Exception):
+                raise RunFailed(f"{describe(error)}; the same command goes on from there") from error
+            raise
+
+
+def _room(settings: TuneSettings) -> int:
+    """How many trainings fit into the cluster."""
+    offered, each = ray.cluster_resources(), settings.training.workers_per_reference
+    room = offered.get("CPU", 1) / (each * settings.training.cpus_per_worker)
+    if uses_gpus(settings):
+        room = min(room, offered.get("GPU", 0) / each)
+    return max(1, int(room))

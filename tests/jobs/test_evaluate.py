@@ -1,0 +1,83 @@
+"""jobs/evaluate.py on a small run."""
+
+import csv
+import json
+import shutil
+
+import pyarrow.parquet as pq
+import pytest
+
+from pipelines import measure
+from schemas import EvaluateSettings, MetricRow
+from support import jobs
+
+pytestmark = pytest.mark.skip("not yet run as a whole since the job was written")
+
+
+@pytest.fixture(scope="module")
+def run(model, tmp_path_factory):
+    """A run of 2 procedural clips x 1 prompt x 2 methods."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    world = ["--count", 2, "--split", "test", "--categories", "single", "--height", 64, "--width", 64, "--frames", 9]
+    code, text = jobs.run("synthesize", *world, "--output", folder / "world")
+    assert code == 0, text
+    (folder / "prompts.txt").write_text("a red circle\n")
+    code, text = jobs.run(
+        "plan", "--references", folder / "world", "--prompts", folder / "prompts.txt", "--methods", "none,fastvmt", "--model", model,
+        "--preset", "nano", "--height", 64, "--width", 64, "--frames", 9, "--steps", 2, "--output", folder / "manifest",
+    )  # fmt: skip
+    assert code == 0, text
+    code, text = jobs.run("transfer", "--manifest", folder / "manifest", "--model", model, "--output", folder / "out")
+    assert code == 0, text
+    return folder / "out"
+
+
+def rows(output, **models):
+    folder = measure.folder_of(EvaluateSettings(run=["x"], output=str(output), **models))
+    return [MetricRow.model_validate(row) for row in pq.read_table(folder, partitioning=None).to_pylist()]
+
+
+def test_every_video_is_measured_once_against_exact_motion(run, tmp_path):
+    code, text = jobs.run("evaluate", "--run", run, "--output", tmp_path / "eval", "--measure.actors", 1)
+    assert code == 0, text
+    assert "4 results, 0 measured before, 4 to measure now" in text
+    assert "text_similarity: not measured (no CLIP was given)" in text
+    found = rows(tmp_path / "eval")
+    assert len(found) == 4
+    assert all(row.exact and row.status == "ok" and row.smoothness is not None for row in found)
+    assert all(row.text_similarity is None for row in found)
+    table = list(csv.DictReader((tmp_path / "eval" / "categories.csv").open()))
+    assert [line["method"] for line in table if line["category"] == "all"] == ["none", "fastvmt"]
+    for name in ("comparison.md", "comparison.tex", "comparison.parquet", "paper.md", "run/summary.json"):
+        assert (tmp_path / "eval" / name).stat().st_size
+    code, text = jobs.run("evaluate", "--run", run, "--output", tmp_path / "eval")
+    assert code == 0
+    assert "4 measured before, 0 to measure now" in text
+
+
+def test_missing_and_truncated_videos_are_counted_and_the_rest_goes_on(run, tmp_path):
+    shutil.copytree(run, tmp_path / "out")
+    for path in (tmp_path / "out" / "results").rglob("*.parquet"):
+        table = pq.read_table(path, partitioning=None)
+        uris = [uri.replace(str(run), str(tmp_path / "out")) for uri in table["video_uri"].to_pylist()]
+        table = table.set_column(table.schema.get_field_index("video_uri"), "video_uri", [uris])
+        pq.write_table(table, path)
+    first, second, *_ = sorted((tmp_path / "out" / "videos").rglob("*.mp4"))
+    first.unlink()
+    second.write_bytes(second.read_bytes()[:200])
+    code, text = jobs.run("evaluate", "--run", tmp_path / "out", "--output", tmp_path / "eval", "--measure.actors", 1)
+    assert code == 3, text
+    found = rows(tmp_path / "eval")
+    assert sorted(str(row.error_code) for row in found if row.status == "failed") == [
+        "not_a_video",
+        "reference_missing",
+    ]
+    assert sum(row.status == "ok" for row in found) == 2
+    summary = json.loads((tmp_path / "eval" / "run" / "summary.json").read_text())
+    assert (summary["results"], summary["measured"], summary["failed"]) == (4, 2, 2)
+
+
+def test_a_run_without_results_is_refused(tmp_path):
+    code, text = jobs.run("evaluate", "--run", tmp_path, "--output", tmp_path / "eval")
+    assert code == 2
+    assert f"--run {tmp_path}: has no results; make some with jobs/transfer.py" in text

@@ -1,0 +1,94 @@
+"""DeepSpeed as the engine of tuning: any ZeRO stage and any number of workers is plain AdamW."""
+
+import pytest
+import torch
+from torch import nn
+
+from pipelines import distributed
+from pipelines.engine import DeepSpeedEngine, configuration
+from schemas import DeepSpeedSettings
+from support import workers
+from vmt_core.tuning import Schedule, TorchEngine, Tuning
+
+
+class Net(nn.Module):
+    """A frozen layer, and two that are trained, as a base with its adapters."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.frozen = nn.Linear(8, 16).requires_grad_(False)
+        self.first, self.second = nn.Linear(16, 12), nn.Linear(12, 4)
+
+    def forward(self, x, y):
+        x, y = x.to(self.frozen.weight.dtype), y.to(self.frozen.weight.dtype)
+        loss = (self.second(torch.tanh(self.first(self.frozen(x)))) - y).float().square().mean()
+        return loss, {}
+
+
+class Fit:
+    name = "fit"
+
+    def __init__(self):
+        self.schedule = Schedule(steps=6, learning_rate=0.02, warmup=2, draws=2, validate_every=3)
+        self.module = Net()
+
+    def batch(self, draw):
+        x = torch.randn(4, 8, generator=torch.Generator().manual_seed(draw))
+        return x, x[:, :4]
+
+    def validate(self):
+        return 0.0
+
+
+def train(rank, count, settings, folder, stop):
+    """A run of 6 steps that is stopped after `stop` and continued by a fresh engine; its curve and final weights."""
+    for last in (stop, 6):
+        task = Fit()
+        engine = DeepSpeedEngine(task.module, task.schedule, settings, workers=count, device=torch.device("cpu"))
+        run = Tuning(task, engine, rank=rank, workers=count, mean=distributed.mean)
+        if last == 6 and stop:
+            run.load(folder)
+        while run.step < last:
+            run.advance()
+        state = engine.state()
+        if rank == 0:
+            run.save(folder, state)
+        distributed.barrier()
+    return [point.loss for point in run.curve], {name: value.numpy() for name, value in state.items()}
+
+
+@pytest.fixture(scope="module")
+def plain():
+    """What AdamW in one process gives."""
+    task = Fit()
+    run = Tuning(task, TorchEngine(task.module, task.schedule, torch.device("cpu")))
+    while not run.done:
+        run.advance()
+    return [point.loss for point in run.curve], run.engine.state()
+
+
+@pytest.mark.parametrize(("count", "zero", "stop"), [(1, 0, 3), (1, 2, 3), (2, 0, 0), (2, 1, 3), (2, 2, 3), (2, 3, 3)])
+def test_every_zero_stage_and_number_of_workers_gives_the_same_run_resumed_or_not(plain, tmp_path, count, zero, stop):
+    results = workers.run(train, count, DeepSpeedSettings(zero=zero), tmp_path, stop)
+    for losses, state in results:
+        assert losses == pytest.approx(plain[0], rel=1e-4)
+        assert set(state) == set(plain[1])
+        for name, value in plain[1].items():
+            assert torch.allclose(torch.from_numpy(state[name]), value, rtol=1e-3, atol=1e-5), name
+
+
+def test_bf16_has_fp32_masters(plain, tmp_path):
+    ((losses, state),) = workers.run(train, 1, DeepSpeedSettings(zero=1, bf16=True), tmp_path, 3)
+    assert losses == pytest.approx(plain[0], rel=0.05)
+    weight = torch.from_numpy(state["first.weight.weight"])
+    assert weight.dtype == torch.float32
+    assert not torch.equal(weight, weight.bfloat16().float())
+
+
+def test_settings_become_deepspeeds_own():
+    made = configuration(Schedule(steps=1, draws=4), DeepSpeedSettings(zero=3, offload=True, bf16=True), 2)
+    assert made["gradient_accumulation_steps"] == 2
+    assert made["zero_optimization"]["stage"] == 3
+    assert made["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}
+    assert made["bf16"] == {"enabled": True}

@@ -1,0 +1,115 @@
+"""Tables of methods, on rows made up by hand."""
+
+import csv
+import io
+import json
+
+import numpy as np
+import pytest
+
+from pipelines import tables
+from schemas import MetricRow
+
+
+def row(method, number, *, settings="{}", run="/out", category="single", status="ok", **values):
+    """The video of a method on the number-th reference."""
+    return MetricRow(
+        sample_id=f"{abs(hash((run, method, settings, number))):032x}"[:32], run=run, status=status, method=method,
+        method_settings=settings, prompt="a red circle", seed=0, category=category, reference_uri=f"/clip{number}.mp4",
+        reference_digest=str(number), model="wan-nano", model_revision="r", **values,
+    )  # fmt: skip
+
+
+def only(lines, label, category=tables.ALL):
+    (found,) = [line for line in lines if (line.label, line.category) == (label, category)]
+    return found
+
+
+def test_means_differences_and_wins_by_hand():
+    rows = [row("none", n, motion=value, seconds=1.0) for n, value in enumerate([0.0, 0.1, 0.2, 0.3])]
+    rows += [row("fastvmt", n, motion=value, seconds=3.0) for n, value in enumerate([0.5, 0.1, 0.1, 0.9])]
+    fast = only(tables.compare(rows, "none"), "fastvmt")
+    cell = fast.cells["motion"]
+    assert cell.mean == pytest.approx(0.4)
+    assert cell.difference == pytest.approx((0.5 + 0 - 0.1 + 0.6) / 4)
+    assert cell.wins == pytest.approx((1 + 0.5 + 0 + 1) / 4)
+    assert cell.difference_low < cell.difference < cell.difference_high
+    assert fast.cells["seconds"].wins == 0  # less is better
+    assert "aesthetic_quality" not in fast.cells
+    base = only(tables.compare(rows, "none"), "none")
+    assert base.cells["motion"].difference is None
+
+
+def test_pairs_are_the_same_reference_prompt_and_seed_only():
+    rows = [
+        row("none", 0, motion=0.0),
+        row("none", 1, motion=0.0),
+        row("fastvmt", 1, motion=1.0),
+        row("fastvmt", 2, motion=5.0),
+    ]
+    cell = only(tables.compare(rows, "none"), "fastvmt").cells["motion"]
+    assert (cell.count, cell.pairs, cell.difference) == (2, 1, 1.0)
+
+
+def test_a_constant_margin_has_an_interval_of_no_width_and_noise_one_around_zero():
+    rng = np.random.default_rng(0)
+    noise = rng.normal(size=60)
+    rows = [row("none", n, motion=float(value)) for n, value in enumerate(noise)]
+    rows += [row("a", n, motion=float(value) + 0.3) for n, value in enumerate(noise)]
+    rows += [row("b", n, motion=float(value)) for n, value in enumerate(rng.permutation(noise))]
+    lines = tables.compare(rows, "none")
+    a, b = (only(lines, name).cells["motion"] for name in "ab")
+    assert (a.difference_low, a.difference_high) == pytest.approx((0.3, 0.3))
+    assert b.difference_low < 0 < b.difference_high
+
+
+def test_failed_rows_are_counted_and_not_measured():
+    rows = [row("none", 0, motion=0.5), row("none", 1, status="failed", error_code="crashed")]
+    line = only(tables.compare(rows, "none"), "none")
+    assert (line.made, line.failed, line.cells["motion"].count) == (1, 1, 1)
+
+
+def test_categories_have_lines_of_their_own():
+    rows = [row("none", 0, motion=0.0), row("none", 1, motion=1.0, category="camera")]
+    lines = tables.compare(rows, "none")
+    assert [only(lines, "none", category).cells["motion"].mean for category in (tables.ALL, "camera", "single")] == [
+        0.5,
+        1.0,
+        0.0,
+    ]
+
+
+def test_variants_of_a_method_are_told_apart_by_what_differs():
+    settings = [json.dumps({"adapter": {"spatial_scale": scale, "temporal_scale": 1.0}}) for scale in (0.0, 1.0)]
+    rows = [row("none", 0), row("tuned", 0, settings=settings[0]), row("tuned", 0, settings=settings[1])]
+    assert [line.label for line in tables.compare(rows, "none") if line.category == tables.ALL] == [
+        "none", "tuned adapter.spatial_scale=0.0", "tuned adapter.spatial_scale=1.0",
+    ]  # fmt: skip
+    rows = [row("none", 0, run="/a"), row("none", 0, run="/b")]
+    assert {line.label for line in tables.compare(rows, "none")} == {"none (a)", "none (b)"}
+
+
+def test_the_order_of_rows_does_not_matter():
+    rows = [row(method, n, motion=n * 0.1 + len(method) * 0.01) for method in ("none", "a") for n in range(20)]
+    assert tables.compare(rows, "none") == tables.compare(rows[::-1], "none")
+
+
+def test_every_format_says_the_same():
+    rows = [row("none", n, motion=0.1 * n, seconds=1.0) for n in range(4)]
+    rows += [row("follow_your_motion", n, motion=0.1 * n + 0.25, seconds=2.0) for n in range(4)]
+    lines = tables.compare(rows, "none")
+    table = list(csv.DictReader(io.StringIO(tables.to_csv(lines))))
+    assert [line["method"] for line in table if line["category"] == "all"] == ["none", "follow_your_motion"]
+    assert float(table[1]["motion_difference"]) == pytest.approx(0.25)
+    assert table[0]["motion_difference"] == ""
+    assert "| follow_your_motion | 4 | 0.400 (+0.250 [+0.250, +0.250])" in tables.to_markdown(lines)
+    latex = tables.to_latex(lines)
+    assert r"follow\_your\_motion & \textbf{0.400} & 2.000" in latex
+    assert r"none & 0.150 & \textbf{1.000}" in latex
+    paper = tables.papers_shape(lines)
+    assert "*FastVMT, published*" in paper and "0.7471" in paper and "not comparable in absolute terms" in paper
+
+
+def test_nothing_measured_is_an_empty_table():
+    assert tables.compare([], "none") == []
+    assert tables.to_csv([]).startswith("method,category,made,failed")

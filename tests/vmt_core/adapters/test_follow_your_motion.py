@@ -1,0 +1,265 @@
+"""The stages of Follow-Your-Motion."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from vmt_core.adapters import follow_your_motion as fym
+from vmt_core.adapters import masked_lora
+from vmt_core.adapters.follow_your_motion import Prepared, loss_weight, motion_loss, shifted
+from vmt_core.adapters.settings import FollowYourMotion
+from vmt_core.tuning import Schedule, TorchEngine, Tuning
+from vmt_core.world import render, sample
+
+SETTINGS = FollowYourMotion.preset("nano", rank=4, alpha=4)
+
+
+def settings(**changes):
+    return FollowYourMotion.preset("nano", **{"rank": 4, "alpha": 4, **changes})
+
+
+def task(name, wan, prepared, chosen=SETTINGS):
+    return fym.TASKS[name](wan.transformer, prepared, chosen, wan.pad([prepared.text]))
+
+
+# settings
+
+
+def test_presets_are_what_they_say():
+    paper, code = FollowYourMotion.preset("paper"), FollowYourMotion.preset("code")
+    assert (paper.rank, paper.spatial.steps, paper.temporal.steps, paper.sparse) == (128, 3000, 2000, "pixel")
+    assert code.targets == ("to_q", "to_k", "to_v") and code.sparse == "off" and code.motion_loss == "vmc"
+    assert (code.spatial.weight_decay, code.temporal.weight_decay) == (0.1, 0.5)
+    assert FollowYourMotion.preset() == FollowYourMotion()
+
+
+def test_changes_of_a_schedule_leave_the_rest_of_it():
+    changed = FollowYourMotion.preset("code", temporal={"steps": 7})
+    assert (changed.temporal.steps, changed.temporal.weight_decay) == (7, 0.5)
+    assert FollowYourMotion.preset(temporal={"steps": 7}).temporal == Schedule(steps=7)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rank": 0},
+        {"alpha": 0},
+        {"targets": ()},
+        {"stride": 0},
+        {"sparse": "some"},
+        {"temporal": {"steps": 0}},
+        {"ranks": 1},
+    ],
+)
+def test_wrong_settings_are_refused(wrong):
+    with pytest.raises(ValidationError):
+        FollowYourMotion.preset("default", **wrong)
+
+
+def test_an_unknown_preset_is_refused():
+    with pytest.raises(ValueError, match="preset 'best' is not one of default, paper, code, nano"):
+        FollowYourMotion.preset("best")
+
+
+# sparse sampling and positions
+
+
+@given(st.integers(2, 40), st.integers(1, 8), st.integers(0, 10_000))
+def test_sampled_frames_are_sorted_unique_in_range_and_start_at_the_first(frames, stride, seed):
+    chosen = FollowYourMotion(stride=stride)
+    drawn = chosen.indices(frames, torch.Generator().manual_seed(seed))
+    assert drawn == sorted(set(drawn)) and drawn[0] == 0 and drawn[-1] < frames
+    assert len(drawn) == max(2, (frames - 1) // stride + 1)
+    assert drawn == chosen.indices(frames, torch.Generator().manual_seed(seed))
+
+
+def test_the_even_grid_of_21_latents_is_that_of_the_paper():
+    assert FollowYourMotion().indices(21) == [0, 5, 10, 15, 20]
+
+
+def test_every_latent_is_trained_on_at_some_time():
+    generator = torch.Generator().manual_seed(0)
+    seen = {index for _ in range(300) for index in FollowYourMotion().indices(21, generator)}
+    assert seen == set(range(21))
+
+
+def test_positions_of_every_kind():
+    indices = [0, 5, 10, 15, 20]
+    assert FollowYourMotion().temporal_positions(indices, 21, 5) == indices
+    assert FollowYourMotion(positions="paper").temporal_positions(indices, 21, 5) == pytest.approx(
+        [0, 4.2, 8.4, 12.6, 16.8]
+    )
+    assert FollowYourMotion(positions="aligned").temporal_positions(indices, 21, 5) == pytest.approx(indices)
+    assert FollowYourMotion(positions="stock").temporal_positions(indices, 21, 5) is None
+    assert FollowYourMotion(sparse="off").temporal_positions(list(range(21)), 21, 5) is None
+    assert FollowYourMotion(sparse="pixel", positions="aligned").temporal_positions([], 21, 5) == pytest.approx(indices)
+
+
+@given(st.integers(1, 100), st.integers(1, 100), st.integers(0, 99))
+def test_the_papers_formula_is_a_stretching(whole, count, index):
+    """f(F/2 + F/F' (i - F'/2)) of the paper and i F/F' are one."""
+    assert whole / 2 + whole / count * (index - count / 2) == pytest.approx(index * whole / count)
+
+
+# prepared references
+
+
+def test_a_reference_is_prepared_once_and_comes_back(tiny, prepared, tmp_path):
+    assert prepared.latents.shape == (16, 5, 8, 8)
+    assert prepared.frames.shape == (17, 16, 8, 8)
+    assert prepared.sparse.shape == (16, 2, 8, 8)  # 17 frames, every fourth: 5
+    assert torch.allclose(prepared.frames[0], prepared.latents[:, 0], atol=1e-5)  # Wan's first latent is of one frame
+    prepared.save(tmp_path / "prepared.safetensors")
+    again = Prepared.load(tmp_path / "prepared.safetensors")
+    assert all(torch.equal(getattr(again, name), value) for name, value in vars(prepared).items())
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3, 5, 7, 16, 40])
+def test_the_thinned_clip_has_4k_plus_1_frames(tiny, stride):
+    clip = render(sample(0, frames=17, height=32, width=32))
+    assert fym.prepare(tiny, clip, "a", stride).sparse.shape[1] == max(1, (-(-17 // stride) - 1) // 4 + 1)
+
+
+@pytest.mark.parametrize(
+    ("frames", "caption", "words"), [(1, "a", "1 frames; tuning needs at least 5"), (5, " \n", "caption is empty")]
+)
+def test_what_cannot_be_tuned_on_is_refused(tiny, frames, caption, words):
+    with pytest.raises(ValueError, match=words):
+        fym.prepare(tiny, render(sample(0, frames=frames, height=32, width=32)), caption, 5)
+
+
+# loss
+
+
+def test_noise_levels_are_shifted_as_wan_does():
+    assert shifted(torch.tensor([0.0, 0.5, 1.0]), 5.0).tolist() == pytest.approx([0, 0.8333333, 1])
+
+
+def test_the_weight_is_a_bell_of_mean_one_over_the_drawn_levels():
+    levels = shifted(torch.arange(1, 1001) / 1000, 5.0)
+    weight = loss_weight(levels, 5.0)
+    assert weight.mean().item() == pytest.approx(1, abs=1e-3)
+    assert weight.min().item() >= -1e-6 and weight.argmin() == 999
+    known = {0.9: 0.63, 0.75: 1.46, 0.5: 2.08, 0.25: 1.46, 0.05: 0.31}  # of the published code
+    assert loss_weight(torch.tensor(list(known)), 5.0).tolist() == pytest.approx(list(known.values()), abs=0.01)
+
+
+@pytest.fixture
+def velocity():
+    return torch.randn(2, 4, 5, 3, 3, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("kind", ["signed", "vmc", "debias", "off"])
+def test_motion_loss_is_zero_at_the_truth_and_for_stills(velocity, kind):
+    assert motion_loss(velocity, velocity, kind).tolist() == pytest.approx([0, 0], abs=1e-5)
+    still = velocity[:, :, :1].expand_as(velocity)
+    assert motion_loss(still, still, kind).tolist() == pytest.approx([0, 0], abs=1e-5)
+
+
+def test_motion_loss_is_signed_and_blind_to_size(velocity):
+    other = torch.randn(velocity.shape, generator=torch.Generator().manual_seed(1))
+    assert motion_loss(-velocity, velocity, "signed").tolist() == pytest.approx([2, 2], abs=1e-5)
+    assert torch.allclose(motion_loss(other, velocity, "signed"), motion_loss(7 * other, velocity, "signed"), atol=1e-5)
+    assert torch.allclose(
+        motion_loss(-velocity, velocity, "vmc"), torch.zeros(2), atol=1e-5
+    )  # the published code's is not
+
+
+def test_motion_loss_has_a_finite_gradient_where_nothing_moves(velocity):
+    for kind in ("signed", "vmc", "debias"):
+        still = torch.zeros_like(velocity).requires_grad_()
+        motion_loss(still, velocity, kind).sum().backward()
+        assert still.grad.isfinite().all()
+
+
+# tasks
+
+
+def test_spatial_draws_are_single_frames_of_the_clip(wan, prepared):
+    latents, noise, sigma, text = task("spatial", wan, prepared).batch(3)
+    assert latents.shape == noise.shape == (8, 16, 1, 8, 8)
+    assert sigma.shape == (8,) and text.shape[:2] == (8, 512)
+    assert all(any(torch.equal(one[:, 0], frame) for frame in prepared.frames) for one in latents)
+
+
+def test_temporal_draws_are_latents_of_the_clip_at_their_places(wan, prepared):
+    for draw in range(10):
+        latents, *_, positions = task("temporal", wan, prepared).batch(draw)
+        assert latents.shape == (4, 16, 3, 8, 8)
+        assert torch.equal(latents[0], prepared.latents[:, [int(place) for place in positions]])
+
+
+def test_pixel_draws_are_the_thinned_clip(wan, prepared):
+    latents, *_, positions = task("temporal", wan, prepared, settings(sparse="pixel", positions="paper")).batch(0)
+    assert torch.equal(latents[0], prepared.sparse)
+    assert positions == pytest.approx([0, 2.5])
+
+
+def test_a_draw_follows_from_its_number(wan, prepared):
+    one, same, other = (task("temporal", wan, prepared).batch(draw) for draw in (5, 5, 6))
+    assert all(torch.equal(a, b) for a, b in zip(one[:3], same[:3], strict=True))
+    assert not torch.equal(one[1], other[1])
+
+
+def test_the_loss_is_zero_for_the_true_velocity(wan, prepared, monkeypatch):
+    chosen = task("temporal", wan, prepared)
+    latents, noise, sigma, text, positions = chosen.batch(0)
+    monkeypatch.setattr(chosen.module, "velocity", lambda *_: (noise - latents, noise - latents))
+    loss, logs = chosen.module(latents, noise, sigma, text, positions)
+    assert loss.item() == pytest.approx(0, abs=1e-5)
+    assert logs["loss_motion"] == pytest.approx(0, abs=1e-5)
+
+
+def test_sixty_steps_on_a_moving_square_lower_the_loss_of_the_whole_clip_too(wan, prepared):
+    """Trained on sparse frames, validated on all of them at stock positions."""
+    chosen = settings(temporal={"steps": 60, "learning_rate": 3e-3, "validate_every": 60})
+    types = fym.head_types(wan, prepared, chosen)
+    masked_lora.add(wan.transformer, "temporal", types.group("temporal"), rank=4, alpha=4)
+    stage = task("temporal", wan, prepared, chosen)
+    before = stage.validate()
+    run = Tuning(stage, TorchEngine(stage.module, stage.schedule, wan.device))
+    while not run.done:
+        run.advance()
+    losses = [point.loss for point in run.curve]
+    assert sum(losses[-15:]) < sum(losses[:15])
+    assert run.curve[-1].validation < before - 0.01
+
+
+def test_strict_norms_are_used_in_training(wan, prepared):
+    types = fym.head_types(wan, prepared, SETTINGS)
+    for strict in (False, True):
+        name = f"temporal_{strict}"
+        masked_lora.add(wan.transformer, name, types.group("temporal"), rank=4, alpha=4, seed=1)
+        stage = task("temporal", wan, prepared, settings(isolate_qk_norm=strict, temporal={"steps": 3, "warmup": 0}))
+        run = Tuning(stage, TorchEngine(stage.module, stage.schedule, wan.device))
+        while not run.done:
+            run.advance()
+    loose, tight = (masked_lora.state(wan.transformer, f"temporal_{strict}") for strict in (False, True))
+    assert not all(torch.allclose(loose[key], tight[key], atol=1e-7) for key in loose)
+
+
+def test_attention_is_most_of_what_sparse_frames_save():
+    """FLOPs of a forward of Wan 1.3B at 480x832, without weights: 81 frames against 17."""
+    from diffusers import WanTransformer3DModel
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"):
+        transformer = WanTransformer3DModel(num_attention_heads=12, ffn_dim=8960, num_layers=30)
+    counts = {}
+    for frames in (21, 5, 1):
+        with FlopCounterMode(display=False) as counter:
+            transformer(
+                torch.empty(1, 16, frames, 60, 104, device="meta"),
+                torch.empty(1, device="meta"),
+                torch.empty(1, 512, 4096, device="meta"),
+            )
+        counts[frames] = counter.get_total_flops() / 1e12
+    assert counts[21] == pytest.approx(283.0, rel=0.01)
+    assert counts[5] == pytest.approx(31.6, rel=0.01)
+    assert counts[1] == pytest.approx(4.65, rel=0.02)
+    assert counts[21] / counts[5] >= 8.5
+    assert math.isfinite(counts[21])

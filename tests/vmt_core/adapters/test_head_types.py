@@ -1,0 +1,112 @@
+"""Classification of heads."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from vmt_core.adapters import head_types
+from vmt_core.adapters.head_types import HeadTypes, band_masks, classify, picture, query_rows, score, spatial_heads
+from vmt_core.backbone.geometry import Geometry
+
+GRID = Geometry(5, 3, 4)  # 5 frames of 12 tokens
+TOKENS = 60
+
+
+def bands(rows=None):
+    return band_masks(GRID, torch.arange(TOKENS) if rows is None else rows)
+
+
+def head(kind):
+    """q and k, (tokens, 1, d), of an ideal head: one-hot codes of the frame, of the place, or nothing."""
+    tokens = torch.arange(TOKENS)
+    code = {"spatial": tokens // 12, "temporal": tokens % 12, "uniform": torch.zeros_like(tokens)}[kind]
+    key = torch.nn.functional.one_hot(code, 12).float()
+    return (200 * key if kind != "uniform" else 0 * key).unsqueeze(1), key.unsqueeze(1)
+
+
+@pytest.mark.parametrize(("kind", "wanted"), [("spatial", -0.98), ("temporal", math.log(5)), ("uniform", 0.0)])
+def test_scores_of_ideal_heads(kind, wanted):
+    assert score(*head(kind), bands()).item() == pytest.approx(wanted, abs=0.02)
+
+
+@pytest.mark.parametrize("rule", ["median", "paper", "code"])
+def test_ideal_heads_are_typed_right_under_every_rule_wherever_they_stand(rule):
+    for kinds in (["spatial", "temporal"], ["temporal", "spatial"], ["temporal", "spatial", "spatial", "temporal"]):
+        query, key = (torch.cat(parts, 1) for parts in zip(*map(head, kinds), strict=True))
+        scores = score(query, key, bands())[None]
+        assert spatial_heads(scores, rule)[0].tolist() == [kind == "spatial" for kind in kinds]
+
+
+def test_some_rows_tell_nearly_what_all_would():
+    generator = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, TOKENS, 6, 8, generator=generator)
+    key[:, :3] += 2 * head("temporal")[1][..., :8]
+    query[:, :3] += 2 * head("temporal")[1][..., :8]
+    rows = query_rows(GRID, 40, generator)
+    assert len(rows) == 40 and len(set(rows.tolist())) == 40
+    assert [int((rows // 12 == frame).sum()) for frame in range(5)] == [8] * 5
+    assert torch.allclose(score(query[rows], key, bands(rows)), score(query, key, bands()), atol=0.05)
+
+
+def test_the_median_halves_the_heads():
+    scores = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    assert int(spatial_heads(scores, "median").sum()) == 12
+
+
+def test_a_models_heads_are_scored_as_by_its_own_attention_maps(tiny):
+    """Against q and k that the taps give, all rows of them."""
+    from vmt_core.backbone.geometry import Tap
+
+    generator = torch.Generator().manual_seed(1)
+    latents = torch.randn(1, 16, 5, 6, 8, generator=generator)
+    text = tiny.pad([tiny.caption("a red circle")])
+    types = classify(tiny.transformer, latents, text, rule="code", queries=10_000, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    rows = query_rows(GRID, 10_000, generator)
+    noise = torch.randn(latents.shape, generator=generator)
+    noisy = (1 - 0.9998) * latents + 0.9998 * noise
+    for layer, found in enumerate(types.scores):
+        query, key = tiny.features(noisy, torch.tensor([999.8]), text, [Tap(layer, "qk")])[Tap(layer, "qk")]
+        wanted = score(query.flatten(1, 2)[0][rows], key.flatten(1, 2)[0], bands(rows))
+        assert torch.allclose(torch.tensor(found), wanted, atol=1e-5)
+    assert not any(hook for module in tiny.transformer.modules() for hook in module._forward_hooks.values())
+
+
+def test_a_file_comes_back_and_another_models_is_refused(tiny, tmp_path):
+    types = HeadTypes(rule="median", scores=[[0.5, -1.0]] * 3, spatial=[[False, True]] * 3)
+    types.save(tmp_path / "types.json")
+    assert HeadTypes.load(tmp_path / "types.json", layers=3, heads=2) == types
+    with pytest.raises(ValueError, match="of 3 layers x 2 heads, the model has 30 x 12"):
+        HeadTypes.load(tmp_path / "types.json", layers=30, heads=12)
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"rule": "median"}', "\x00\xff"])
+def test_what_is_no_such_file_is_refused(tmp_path, content):
+    (tmp_path / "types.json").write_text(content)
+    with pytest.raises(ValueError, match="not a file of head types"):
+        HeadTypes.load(tmp_path / "types.json", layers=1, heads=1)
+
+
+def test_ragged_tables_are_refused(tmp_path):
+    (tmp_path / "types.json").write_text(
+        json.dumps({"rule": "x", "scores": [[1.0], [1.0, 2.0]], "spatial": [[True], [True, False]]})
+    )
+    with pytest.raises(ValueError, match="tables of the same layers and heads"):
+        HeadTypes.load(tmp_path / "types.json", layers=2, heads=1)
+
+
+def test_groups_part_the_heads():
+    types = HeadTypes(rule="median", scores=[[0.5, -1.0], [0.1, 0.2]], spatial=[[False, True], [False, False]])
+    assert not (types.group("spatial") & types.group("temporal")).any()
+    assert (types.group("spatial") | types.group("temporal")).all()
+    assert types.group("all").all()
+
+
+def test_the_picture_shows_both_kinds():
+    types = HeadTypes(rule="median", scores=[[2.0, -1.0]], spatial=[[False, True]])
+    image = picture(types, cell=20)
+    temporal, spatial = image.getpixel((65, 45)), image.getpixel((85, 45))
+    assert temporal[0] > temporal[2] and spatial[2] > spatial[0]
+    assert head_types.picture(HeadTypes(rule="x", scores=[[1.0]], spatial=[[True]])).size

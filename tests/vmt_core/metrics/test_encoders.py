@@ -1,0 +1,104 @@
+"""Metrics on CLIP and DINO features: the arithmetic by hand, the loading on tiny random checkpoints."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.functional import normalize
+from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, ViTConfig, ViTModel
+
+from vmt_core.metrics.encoders import (
+    AestheticHead,
+    Clip,
+    Dino,
+    temporal_consistency,
+    text_similarity,
+    vbench_consistency,
+)
+
+E = torch.eye(3)
+DIAGONAL = normalize(torch.tensor([1.0, 1.0, 0.0]), dim=0)
+
+
+def test_by_hand():
+    images = torch.stack([E[0], E[0], DIAGONAL, E[1]])
+    assert text_similarity(images, E[0]) == pytest.approx((1 + 1 + 0.5**0.5 + 0) / 4)
+    assert temporal_consistency(images) == pytest.approx((1 + 2 * 0.5**0.5) / 3)
+    assert vbench_consistency(images) == pytest.approx(((1 + 1) + (0.5**0.5 + 0.5**0.5) + (0.5**0.5 + 0)) / 6)
+
+
+def test_opposite_features_count_as_nothing_in_vbench():
+    images = torch.stack([E[0], -E[0]])
+    assert temporal_consistency(images) == -1
+    assert vbench_consistency(images) == 0
+
+
+def test_a_still_clip_is_consistent():
+    images = normalize(torch.randn(1, 16), dim=-1).expand(5, -1)
+    assert temporal_consistency(images) == pytest.approx(1)
+    assert vbench_consistency(images) == pytest.approx(1)
+
+
+@pytest.fixture(scope="module")
+def frames():
+    return torch.randint(0, 256, (5, 3, 48, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture(scope="module")
+def clip_folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("clip")
+    torch.manual_seed(0)
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = CLIPConfig(
+        text_config={**small, "vocab_size": 50, "max_position_embeddings": 16, "eos_token_id": 1, "bos_token_id": 0},
+        vision_config={**small, "image_size": 32, "patch_size": 8},
+        projection_dim=24,
+    )
+    CLIPModel(config).save_pretrained(path)
+    vocabulary = {word: index for index, word in enumerate(["<s>", "</s>", "<unk>", "red", "blue", "circle"])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+    ).save_pretrained(path)
+    return str(path)
+
+
+def test_clip_features_are_those_of_the_model(clip_folder, frames):
+    clip = Clip(clip_folder)
+    images = clip.images(frames)
+    assert images.shape == (5, 24)
+    assert torch.allclose(images.norm(dim=-1), torch.ones(5), atol=1e-5)
+    assert not torch.equal(images, clip.images(frames, antialias=False))
+    assert clip.text("red circle").shape == (24,)
+    assert not torch.allclose(clip.text("red circle"), clip.text("blue circle"), atol=1e-4)
+    assert torch.equal(clip.text("red " * 100), clip.text("red " * 200))  # cut at the model's length
+    assert torch.allclose(images[2:3], clip.images(frames[2:3]), atol=1e-5)
+
+
+def test_dino_takes_frames_that_are_not_square(tmp_path, frames):
+    torch.manual_seed(0)
+    config = ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
+    dino = Dino(str(tmp_path))
+    images = dino.images(frames)
+    assert images.shape == (5, 32)
+    assert torch.allclose(images.norm(dim=-1), torch.ones(5), atol=1e-5)
+    right = frames.clone()
+    right[:, :, :, 60:] = 0  # beyond a centre crop
+    assert not torch.allclose(dino.images(right), images, atol=1e-4)
+
+
+def test_the_aesthetic_head_is_linear(tmp_path):
+    save_file({"weight": torch.full((1, 3), 2.0), "bias": torch.tensor([4.0])}, tmp_path / "head.safetensors")
+    assert AestheticHead(tmp_path / "head.safetensors").score(torch.stack([E[0], E[1]])) == pytest.approx(0.6)
+
+
+def test_a_folder_without_weights_is_refused(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "clip"}))
+    with pytest.raises(OSError, match="safetensors"):
+        Clip(str(tmp_path))

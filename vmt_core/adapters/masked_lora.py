@@ -1,0 +1,249 @@
+"""LoRA on chosen heads of the self-attention: plain peft layers whose other entries are, and stay, exactly zero.
+
+    to_q, to_k, to_v:  y = Wx + b + s diag(R) B A x      rows of B of the other heads are zero
+    to_out.0:          y = Wx + b + s B A diag(R) x      columns of A of the other heads are zero
+
+Base weights stay untouched, saved files are ordinary LoRA files. Wan's RMS norms of q and k span all heads, so an adapted head changes the
+common denominator of its layer a little (the published code does the same); `isolated_norms` takes it from the base projections.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import WanTransformer3DModel
+from jaxtyping import Bool
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vmt_core.adapters.settings import TARGETS, Target
+
+_COMFY = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
+_METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
+
+_SEVERAL = "Already found a `peft_config`"  # peft warns of a second adapter, which is meant
+
+Weights = dict[str, Tensor]  # "blocks.0.attn1.to_q.lora_A.weight" -> (rank, in), "….lora_B.weight" -> (out, rank)
+
+
+def add(
+    transformer: WanTransformer3DModel,
+    name: str,
+    heads: Bool[Tensor, "layers heads"],
+    *,
+    rank: int,
+    alpha: float,
+    targets: Sequence[Target] = TARGETS,
+    seed: int = 0,
+) -> list[nn.Parameter]:
+    """Adds an adapter for the chosen heads and makes it the only active and trainable one; a fresh one changes nothing.
+
+    Layers without a chosen head get no adapter. Gradients of the other heads' entries are zero, so they stay zero under any
+    optimizer whose update of a zero weight with zero gradients is zero.
+
+    Returns:
+        its parameters, fp32.
+
+    Raises:
+        ValueError: no head is chosen at all.
+    """
+    layers = [index for index, row in enumerate(heads) if bool(row.any())]
+    if not layers:
+        raise ValueError(f"adapter {name}: no layer has a head of this kind; use rule median, or another clip")
+    places = "|".join(map(str, layers))
+    kinds = "|".join(target.replace(".", r"\.") for target in targets)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type] # any number will do
+        target_modules=rf"blocks\.({places})\.attn1\.({kinds})",
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=_SEVERAL)
+        torch.manual_seed(seed)
+        transformer.add_adapter(config, name)
+    for layer in layers:
+        attention: Any = transformer.blocks[layer].attn1
+        for target in targets:
+            lora = attention.get_submodule(target)
+            into, out = lora.lora_A[name].weight, lora.lora_B[name].weight
+            for weight in (into, out):
+                weight.data = weight.data.float()
+            mask = heads[layer].repeat_interleave(attention.inner_dim // attention.heads).to(into)
+            if target == "to_out.0":
+                into.data *= mask
+                into.register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient))
+            else:
+                out.register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient)[:, None])
+    return parameters(transformer, name)
+
+
+def parameters(transformer: WanTransformer3DModel, name: str) -> list[nn.Parameter]:
+    """An adapter's parameters, in the transformer's order."""
+    return [weight for path, weight in transformer.named_parameters() if f".{name}." in path and ".lora_" in path]
+
+
+def use(transformer: WanTransformer3DModel, scales: dict[str, float]) -> None:
+    """Makes these adapters the active ones, at these scales, none of them trainable; an empty dict turns all off."""
+    active = {name: scale for name, scale in scales.items() if scale != 0}
+    if not active:
+        transformer.disable_adapters()
+        return
+    transformer.enable_adapters()
+    transformer.set_adapters(list(active), list(active.values()))
+    transformer.requires_grad_(False)  # set_adapters turns gradients on
+
+
+def train_only(transformer: WanTransformer3DModel, name: str, beside: Sequence[str] = ()) -> list[nn.Parameter]:
+    """Makes adapters active and one of them alone trainable."""
+    use(transformer, dict.fromkeys([*beside, name], 1.0))
+    trained = parameters(transformer, name)
+    for weight in trained:
+        weight.requires_grad_(True)
+    return trained
+
+
+def state(transformer: WanTransformer3DModel, name: str) -> Weights:
+    """An adapter's weights, fp32 on the CPU."""
+    weights: Weights = get_peft_model_state_dict(transformer, adapter_name=name)
+    return {key: value.detach().float().cpu().contiguous() for key, value in weights.items()}
+
+
+def save(transformer: WanTransformer3DModel, name: str, path: Path, about: dict[str, str] | None = None) -> None:
+    """Writes a LoRA file that `WanPipeline.load_lora_weights` reads; `about` goes into its metadata."""
+    config = transformer.peft_config[name].to_dict()
+    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
+    write(state(transformer, name), path, rank=config["r"], alpha=config["lora_alpha"], about=about)
+
+
+def write(weights: Weights, path: Path, *, rank: int, alpha: float, about: dict[str, str] | None = None) -> None:
+    """Writes weights as a LoRA file in diffusers' format."""
+    places = sorted({key.rpartition(".lora_")[0] for key in weights})
+    config = {"r": rank, "lora_alpha": alpha, "target_modules": places}
+    metadata = {f"transformer.{key}": value for key, value in config.items()}
+    tensors = {f"transformer.{key}": value for key, value in weights.items()}
+    save_file(tensors, path, metadata={"format": "pt", _METADATA_KEY: json.dumps(metadata), **(about or {})})
+
+
+def write_raw(weights: Weights, path: Path) -> None:
+    """Writes weights under the keys they have, alpha folded in."""
+    save_file({key: value.contiguous() for key, value in weights.items()}, path, metadata={"format": "pt"})
+
+
+def read(path: Path) -> tuple[Weights, dict[str, str]]:
+    """Weights and metadata of a LoRA file in diffusers' format, alpha folded in: their scale is 1.
+
+    Raises:
+        ValueError: not such a file, or values that are not finite.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            weights = {
+                key.removeprefix("transformer."): file.get_tensor(key)
+                for key in file.keys()  # noqa: SIM118 (not a mapping)
+            }
+    except Exception as error:  # safetensors raises its own
+        raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+    ranks = {value.shape[0] for key, value in weights.items() if key.endswith("lora_A.weight")}
+    if not ranks or not all(".lora_" in key for key in weights):
+        raise ValueError(f"{path}: holds no LoRA in diffusers' format")
+    broken = [key for key, value in weights.items() if not bool(value.isfinite().all())]
+    if broken:
+        raise ValueError(f"{path}: {broken[0]} is not finite")
+    about = json.loads(metadata.get(_METADATA_KEY, "{}"))
+    rank = max(ranks)
+    scale = about.get("transformer.lora_alpha", rank) / about.get("transformer.r", rank)
+    return {key: value * scale if "lora_B" in key else value for key, value in weights.items()}, metadata
+
+
+def attach(transformer: WanTransformer3DModel, name: str, weights: Weights) -> None:
+    """Adds saved weights as an inactive adapter of that name, replacing an older one.
+
+    Raises:
+        ValueError: they are of a transformer of another shape.
+    """
+    known = dict(transformer.named_modules())
+    for key, value in weights.items():
+        place, _, kind = key.rpartition(".lora_")
+        layer = known.get(place)
+        base = getattr(layer, "base_layer", layer)
+        if not isinstance(base, nn.Linear):
+            raise ValueError(f"adapter {name}: {place} is no layer of this model")
+        wanted = base.in_features if kind.startswith("A") else base.out_features
+        if value.shape[1 if kind.startswith("A") else 0] != wanted:
+            raise ValueError(f"adapter {name}: {key} is {tuple(value.shape)}, this model's layer has {wanted} features")
+    if name in getattr(transformer, "peft_config", {}):
+        transformer.delete_adapters(name)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=_SEVERAL)
+        transformer.load_lora_adapter(dict(weights), prefix=None, adapter_name=name)
+    transformer.requires_grad_(False)
+
+
+def merged(parts: Sequence[tuple[Weights, float]]) -> tuple[Weights, int]:
+    """Several adapters at given scales as one whose rank is the sum of theirs; returns its rank too, which is also its alpha.
+
+    A = [A_1; A_2; …], B = [g_1 B_1, g_2 B_2, …]; where one has no layer its part is zero.
+    """
+    ranks = [next(value.shape[0] for key, value in part.items() if "lora_A" in key) for part, _ in parts]
+    places = sorted({key.rpartition(".lora_")[0] for part, _ in parts for key in part})
+    found: Weights = {}
+    for place in places:
+        into, out = f"{place}.lora_A.weight", f"{place}.lora_B.weight"
+        some = next(part for part, _ in parts if into in part)
+        rows, columns = [], []
+        for (part, scale), rank in zip(parts, ranks, strict=True):
+            rows.append(part.get(into, some[into].new_zeros(rank, some[into].shape[1])))
+            columns.append(scale * part.get(out, some[out].new_zeros(some[out].shape[0], rank)))
+        found[into], found[out] = torch.cat(rows), torch.cat(columns, 1)
+    return found, sum(ranks)
+
+
+def comfy(weights: Weights) -> Weights:
+    """The same under ComfyUI's keys (those of the original Wan); alpha must be folded in, as `read` does."""
+    found: Weights = {}
+    for key, value in weights.items():
+        place, _, kind = key.rpartition(".lora_")
+        block, _, target = place.partition(".attn1.")
+        found[f"diffusion_model.{block}.self_attn.{_COMFY[target]}.lora_{kind}"] = value
+    return found
+
+
+@contextmanager
+def isolated_norms(transformer: WanTransformer3DModel) -> Iterator[None]:
+    """Within it the RMS of q and k is that of the base projections: adapted heads then leave the others exactly as they are."""
+    handles = []
+    for block in transformer.blocks:
+        attention: Any = block.attn1
+        for target, norm in (("to_q", attention.norm_q), ("to_k", attention.norm_k)):
+            layer = attention.get_submodule(target)
+            if hasattr(layer, "base_layer"):
+                kept: list[Tensor] = []
+                handles.append(layer.base_layer.register_forward_hook(lambda _m, _i, out, kept=kept: _keep(kept, out)))
+                handles.append(
+                    norm.register_forward_hook(lambda m, inputs, _o, kept=kept: _isolated(m, inputs[0], kept))
+                )
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keep(kept: list[Tensor], output: Tensor) -> None:
+    kept[:] = [output]
+
+
+def _isolated(norm: Any, adapted: Tensor, kept: list[Tensor]) -> Tensor:
+    variance = kept.pop().float().square().mean(-1, keepdim=True)
+    normed = adapted * torch.rsqrt(variance + norm.eps)
+    isolated: Tensor = (normed.to(norm.weight.dtype) * norm.weight).type_as(adapted)
+    return isolated

@@ -1,0 +1,136 @@
+"""All metrics of one video, by name: what is asked of a video stands here once, with a version for each.
+
+A metric that cannot be computed is absent, with the reason; there are no stand-ins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from vmt_core.metrics import encoders, flow, leak, motion
+from vmt_core.metrics.motion import Positions, Visible
+from vmt_core.shapes import Frames
+from vmt_core.world import Scene, grid_points, tracks
+
+#: Name -> version; bumped whenever the same videos would give another value.
+CORE = {
+    "motion": 1,  # motion.aligned: agreement with the reference at the same places, -1 to 1
+    "motion_matched": 1,  # motion.matched: agreement with the best match anywhere
+    "moving": 1,  # share of the video's points that move
+    "moving_reference": 1,
+    "smoothness": 1,  # flow.smoothness
+    "flow_consistency": 1,  # flow.consistency
+    "background_leak": 1,  # leak.background_leak
+}
+MODELS = {
+    "text_similarity": 1,  # CLIP, prompt and frames
+    "temporal_consistency": 1,  # CLIP, neighbouring frames
+    "subject_consistency": 1,  # VBench, DINO
+    "background_consistency": 1,  # VBench, CLIP
+    "aesthetic_quality": 1,  # VBench, CLIP ViT-L/14 and LAION's head
+}
+VERSIONS = CORE | MODELS
+
+
+@dataclass
+class Video:
+    """A generated video, its reference as the model saw it, and what was asked for."""
+
+    frames: Frames
+    reference: Frames
+    prompt: str
+    scene: Scene | None = None  # of a procedural reference: its motion is known exactly
+
+    @cached_property
+    def points(self) -> Tensor:
+        return grid_points(*self.frames.shape[-2:])
+
+    @cached_property
+    def tracks(self) -> tuple[Positions, Visible]:
+        return motion.flow_tracks(self.frames, self.points)
+
+    @cached_property
+    def reference_tracks(self) -> tuple[Positions, Visible]:
+        if self.scene is not None:
+            return motion.of_world(tracks(self.scene, self.points))
+        return motion.flow_tracks(self.reference[: len(self.frames)], self.points)
+
+    @property
+    def width(self) -> int:
+        return int(self.frames.shape[-1])
+
+
+@dataclass
+class Suite:
+    """What can be measured here: the core without weights, the rest with those that were given."""
+
+    clip: encoders.Clip | None = None
+    dino: encoders.Dino | None = None
+    aesthetic_clip: encoders.Clip | None = None
+    aesthetic_head: encoders.AestheticHead | None = None
+
+    def measure(self, video: Video) -> tuple[dict[str, float], dict[str, str]]:
+        """Values by name, and for each that there is none of, why."""
+        values: dict[str, float] = {}
+        reasons: dict[str, str] = {}
+        for name, (missing, compute) in self._metrics().items():
+            if missing:
+                reasons[name] = missing
+                continue
+            try:
+                value = compute(video)
+            except Exception as error:
+                reasons[name] = f"{type(error).__name__}: {error}"[:500]
+                continue
+            if math.isfinite(value):
+                values[name] = value
+            else:
+                reasons[name] = "undefined for this video: nothing moves, or nothing stands still"
+        return values, reasons
+
+    def _metrics(self) -> dict[str, tuple[str, Callable[[Video], float]]]:
+        """Name -> what is missing for it (if anything), and how it is computed."""
+        clip = "" if self.clip else "no CLIP was given"
+        dino = "" if self.dino else "no DINO was given"
+        head = (
+            "" if self.aesthetic_clip and self.aesthetic_head else "no CLIP ViT-L/14 with an aesthetic head was given"
+        )
+        return {
+            "motion": ("", lambda v: motion.aligned(v.reference_tracks, v.tracks, v.width)),
+            "motion_matched": ("", lambda v: motion.matched(v.reference_tracks, v.tracks, v.width)),
+            "moving": ("", lambda v: motion.moving_share(v.tracks, v.width)),
+            "moving_reference": ("", lambda v: motion.moving_share(v.reference_tracks, v.width)),
+            "smoothness": ("", lambda v: flow.smoothness(v.frames)),
+            "flow_consistency": ("", lambda v: flow.consistency(v.frames)),
+            "background_leak": ("", lambda v: leak.background_leak(v.reference, v.frames)),
+            "text_similarity": (clip, self._text_similarity),
+            "temporal_consistency": (clip, lambda v: encoders.temporal_consistency(self._images(v))),
+            "subject_consistency": (dino, self._subject_consistency),
+            "background_consistency": (clip, self._background_consistency),
+            "aesthetic_quality": (head, self._aesthetic_quality),
+        }
+
+    def _images(self, video: Video) -> encoders.Features:
+        assert self.clip is not None
+        return self.clip.images(video.frames)
+
+    def _text_similarity(self, video: Video) -> float:
+        assert self.clip is not None
+        return encoders.text_similarity(self._images(video), self.clip.text(video.prompt))
+
+    def _subject_consistency(self, video: Video) -> float:
+        assert self.dino is not None
+        return encoders.vbench_consistency(self.dino.images(video.frames))
+
+    def _background_consistency(self, video: Video) -> float:
+        assert self.clip is not None
+        return encoders.vbench_consistency(self.clip.images(video.frames, antialias=False))
+
+    def _aesthetic_quality(self, video: Video) -> float:
+        assert self.aesthetic_clip is not None and self.aesthetic_head is not None
+        return self.aesthetic_head.score(self.aesthetic_clip.images(video.frames, antialias=False))
