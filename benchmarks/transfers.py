@@ -18,10 +18,10 @@ from torch import Tensor
 
 from vmt_core import Backbone, MotionTransfer, Sampling
 from vmt_core.methods import Method
-from vmt_core.metrics.motion import aligned, flow_tracks, of_world, trajectory_correlation
+from vmt_core.metrics.motion import aligned, flow_tracks, of_world, start_points, trajectory_correlation
 from vmt_core.presets import Native
 from vmt_core.transfer import Artifact
-from vmt_core.world import MOTIONS, Scene, appearance, grid_points, render, sample, tracks
+from vmt_core.world import MOTIONS, Scene, appearance, render, sample, tracks
 from vmt_core.world.judge import Judge, centre_path, verdicts
 
 MEASURES = ("motion", "centre", "colour", "shape", "background")
@@ -116,7 +116,7 @@ def run(
 def measure(judge: Judge, pair: Pair, frames: Tensor) -> dict[str, float]:
     """One generated clip against its reference and its prompt."""
     reference = pair.reference
-    points = grid_points(reference.height, reference.width)
+    points = start_points(reference.height, reference.width)
     agreement = aligned(of_world(tracks(reference, points)), flow_tracks(frames, points), reference.width)
     paths = (centre_path(render(reference)), centre_path(frames))
     centre = trajectory_correlation(*paths) if len(reference.bodies) == 1 else math.nan

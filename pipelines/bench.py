@@ -49,59 +49,14 @@ def run(settings: BenchSettings, say: Callable[[str], None] = print) -> dict[str
         )
         _write(storage, table, clips)
     place = join(settings.output, "manifest")
-    plan.run(
-        PlanSettings(
-            references=table,
-            prompts=settings.prompts,
-            methods=settings.methods,
-            seeds=settings.seeds,
-            output=place,
-            model=settings.model,
-            preset=settings.preset,
-            height=settings.height,
-            width=settings.width,
-            frames=settings.frames,
-            steps=settings.steps,
-            method_settings=settings.method_settings,
-            sweep=settings.sweep,
-            skip_bad=True,
-            storage=settings.storage,
-            limits=settings.limits,
-        ),
-        say,
-    )
+    plan.run(PlanSettings.like(settings, references=table, output=place, skip_bad=True), say)
     tuned = any(METHODS[name]().adapter is not None for name in settings.methods)
-    transfer.run(
-        TransferSettings(
-            manifest=place,
-            output=settings.output,
-            model=settings.model,
-            device=settings.device,
-            tune=tuned,
-            encode=settings.encode,
-            transfer=settings.transfer,
-            finish=settings.finish,
-            training=settings.training,
-            storage=settings.storage,
-            limits=settings.limits,
-            ray=settings.ray,
-            progress_s=settings.progress_s,
-        ),
-        say,
-    )
-    measured = EvaluateSettings(
+    transfer.run(TransferSettings.like(settings, manifest=place, tune=tuned), say)
+    measured = EvaluateSettings.like(
+        settings,
         run=[settings.output],
         output=join(settings.output, "evaluation"),
-        baseline=settings.baseline,
-        clip=settings.clip,
-        dino=settings.dino,
-        aesthetic_clip=settings.aesthetic_clip,
-        aesthetic_head=settings.aesthetic_head,
-        measure=settings.measure,
-        storage=settings.storage,
-        limits=settings.limits,
-        ray=settings.ray,
-        progress_s=settings.progress_s,
+        device="cuda" if settings.measure.gpus else "cpu",
     )
     summary = evaluate.run(measured, say)
     _page(settings, storage, measured)
@@ -114,17 +69,15 @@ def _procedural(settings: BenchSettings, say: Callable[[str], None]) -> list[Ref
     """The procedural MotionBench: 4 categories x 10 clips x 5 prompts from the world's test split; `quick`: x 2 x 1."""
     clips, prompts = (2, 1) if settings.quick else (10, 5)
     defaults = native(settings.model)
-    world = SynthesizeSettings(
+    world = SynthesizeSettings.like(
+        settings,
         count=4 * clips,
         split="test",
         output=join(settings.output, "world"),
         height=settings.height or defaults.height,
         width=settings.width or defaults.width,
         frames=settings.frames or defaults.frames,
-        fps=defaults.fps,
-        storage=settings.storage,
-        ray=settings.ray,
-        progress_s=settings.progress_s,
+        fps=settings.fps or defaults.fps,
     )
     synthesize.run(world, say)
     found = []

@@ -103,18 +103,15 @@ def _with_adapters(
     if settings.tune:
         if not place.endswith("/adapters"):
             raise UsageError(f"--adapters {place}: with --tune it must end in /adapters, as jobs/tune.py writes it")
-        tuning = TuneSettings(
+        wanted = list(selection.adapters.values())
+        tuning = TuneSettings.like(
+            settings,
             references=settings.manifest,
             output=place.removesuffix("/adapters"),
-            model=settings.model,
-            device=settings.device,
-            training=settings.training,
-            storage=settings.storage,
-            limits=settings.limits,
-            ray=settings.ray,
-            progress_s=settings.progress_s,
+            method=wanted[0].method,
+            limit=None,
         )
-        tune.tune(tuning, storage, list(selection.adapters.values()), say)
+        tune.tune(tuning, storage, wanted, say)
     elif settings.adapters is None:
         name = next(iter(selection.adapters.values())).method
         raise UsageError(f"{name} needs adapters: give --adapters OUT/adapters of jobs/tune.py, or --tune them now")

@@ -2,25 +2,28 @@
 
     references + prompts ──plan──▶ ManifestRow (one video to make) ──transfer──▶ ResultRow (ok or failed, with reasons)
 
-`rows.py` the rows and their Arrow schemas · `errors.py` why a row fails · `settings.py` every setting of every job ·
+`rows.py` the rows and their Arrow schemas · `errors.py` why a row fails · `settings.py` every setting of every job,
+`sections.py` those that several share ·
 `cli.py` settings from a YAML file, then the environment, then the command line.
 """
 
 from schemas.errors import ErrorCode, RowError, UsageError
 from schemas.rows import AdapterRow, ManifestRow, MetricRow, Reference, ResultRow, Row, WorldClip, sample_id
-from schemas.settings import (
-    BenchSettings,
+from schemas.sections import (
     DeepSpeedSettings,
-    EvaluateSettings,
-    JobSettings,
     LimitSettings,
-    PlanSettings,
-    PretrainSettings,
     RaySettings,
     StageSettings,
     StorageSettings,
-    SynthesizeSettings,
     TrainingSettings,
+)
+from schemas.settings import (
+    BenchSettings,
+    EvaluateSettings,
+    JobSettings,
+    PlanSettings,
+    PretrainSettings,
+    SynthesizeSettings,
     TransferSettings,
     TuneSettings,
 )

@@ -7,154 +7,27 @@ Credentials are no settings: they come from the AWS environment or profile only,
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
-)
-from pydantic.functional_validators import BeforeValidator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 from pydantic_settings import (
     BaseSettings,
-    NoDecode,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     YamlConfigSettingsSource,
 )
 
-
-def _comma_list(value: Any) -> Any:
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
-
-
-CommaStrings = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_list)]
-CommaInts = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_comma_list)]
-
-
-class Section(BaseModel):
-    """A named group of settings."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
-
-
-class StorageSettings(Section):
-    """How object storage is reached. Local paths need none of it."""
-
-    endpoint_url: str | None = Field(default=None, description="S3 endpoint; default: AWS_ENDPOINT_URL or AWS itself")
-    profile: str | None = Field(default=None, description="AWS profile; default: AWS_PROFILE or the default chain")
-    region: str | None = Field(default=None, description="AWS region")
-    attempts: PositiveInt = Field(default=5, description="tries per storage operation, with exponential backoff")
-    timeout_s: PositiveFloat = Field(default=60, description="seconds without a byte before an operation is retried")
-
-
-class LimitSettings(Section):
-    """What a row may ask for; checked before anything is decoded or computed."""
-
-    schemes: CommaStrings = Field(default=("file", "s3"), description="URI schemes that references may have")
-    max_reference_mib: PositiveFloat = Field(default=2048, description="size of a reference file, MiB")
-    max_frames: PositiveInt = Field(default=20_000, description="frames of a reference file")
-    max_duration_s: PositiveFloat = Field(default=1800, description="duration of a reference file, seconds")
-    max_pixels: PositiveInt = Field(default=3840 * 2160, description="width x height of a reference")
-    max_prompt_chars: PositiveInt = Field(default=2000, description="characters of a prompt")
-    row_seconds: PositiveFloat = Field(default=3600, description="wall-clock budget of one row in one stage, seconds")
-
-
-class StageSettings(Section):
-    """Resources of one actor pool."""
-
-    actors: PositiveInt = Field(default=1, description="actors in the pool (the minimum if max_actors is set)")
-    max_actors: PositiveInt | None = Field(
-        default=None, description="let the pool grow up to this many; empty: fixed size"
-    )
-    cpus: NonNegativeFloat = Field(default=1, description="logical CPUs of one actor")
-    gpus: NonNegativeFloat = Field(default=0, description="GPUs of one actor; fractions share a GPU")
-    memory_gib: PositiveFloat | None = Field(default=None, description="memory reserved by one actor, GiB")
-    threads: PositiveInt | None = Field(
-        default=None, description="torch threads of one actor; empty: its CPUs, at least 1"
-    )
-
-    @model_validator(mode="after")
-    def _max_is_not_below_min(self) -> Self:
-        if self.max_actors is not None and self.max_actors < self.actors:
-            raise ValueError(f"max_actors={self.max_actors} is less than actors={self.actors}")
-        return self
-
-
-class DenoiseSettings(StageSettings):
-    """Resources of the pool that runs the diffusion transformer, and how it runs it."""
-
-    batch_rows: PositiveInt = Field(default=4, description="rows of one size and method that are denoised together")
-    checkpoint: Literal["none", "selective", "full"] = Field(
-        default="selective",
-        description="what guidance recomputes in its backward pass: nothing, all but attention, everything",
-    )
-    cfg: Literal["two_pass", "batched"] = Field(
-        default="two_pass", description="classifier-free guidance: two forwards, or one of twice the batch"
-    )
-
-
-class RaySettings(Section):
-    """Where the job runs."""
-
-    address: str | None = Field(
-        default=None, description="cluster to join; default: RAY_ADDRESS, else a local Ray is started"
-    )
-    num_cpus: PositiveInt | None = Field(
-        default=None, description="logical CPUs of a local Ray; default: what the pools need"
-    )
-    wait_s: NonNegativeFloat = Field(
-        default=300, description="how long to wait for a cluster to offer what the pools need"
-    )
-    stall_s: PositiveFloat = Field(default=1800, description="stop if no row begins or ends for so long, seconds")
-
-
-class VideoSettings(Section):
-    """How results are encoded (H.264, yuv420p)."""
-
-    crf: int = Field(default=18, ge=0, le=51, description="constant rate factor; smaller is better and larger")
-    preset: str = Field(default="medium", description="x264 preset")
-
-
-class DeepSpeedSettings(Section):
-    """How the training of one adapter is spread over its workers."""
-
-    zero: int = Field(default=0, ge=0, le=3, description="ZeRO stage: what is parted among the workers")
-    offload: bool = Field(default=False, description="keep optimizer state (and, with zero=3, weights) in CPU memory")
-    bf16: bool = Field(default=False, description="train in bf16 with fp32 masters; false: fp32")
-
-
-class TrainingSettings(Section):
-    """How adapters are trained: several references at once, each by one or more workers."""
-
-    workers_per_reference: PositiveInt = Field(
-        default=1, description="processes that train one adapter; with cuda each has a GPU of its own"
-    )
-    cpus_per_worker: PositiveFloat = Field(default=1, description="logical CPUs of one process")
-    threads: PositiveInt | None = Field(default=None, description="torch threads of a process; empty: its CPUs")
-    at_once: PositiveInt | None = Field(
-        default=None,
-        description="references that are tuned on at the same time; empty: as many as the cluster has room for",
-    )
-    attempts: PositiveInt = Field(default=3, description="times that a training whose worker dies is begun")
-    deepspeed: DeepSpeedSettings = DeepSpeedSettings()
-    checkpoint: Literal["none", "selective", "full"] = Field(
-        default="selective", description="what the backward pass recomputes: nothing, all but attention, everything"
-    )
-    export: CommaStrings = Field(default=(), description="other formats beside diffusers': comfyui, merged")
-    checkpoint_seconds: PositiveFloat = Field(default=120, description="seconds between checkpoints of a training")
-    wandb: str | None = Field(
-        default=None, description="Weights & Biases project to log to as well (pip install wandb; WANDB_API_KEY)"
-    )
-    sample_every: NonNegativeInt = Field(
-        default=0, description="steps between videos of the reference's own caption, in OUT/run/samples; 0: none"
-    )
-    prepare: StageSettings = StageSettings()
+from schemas.sections import (
+    CommaInts,
+    CommaStrings,
+    DenoiseSettings,
+    LimitSettings,
+    RaySettings,
+    StageSettings,
+    StorageSettings,
+    TrainingSettings,
+    VideoSettings,
+)
 
 
 class JobSettings(BaseSettings):
@@ -185,8 +58,33 @@ class JobSettings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings, env_settings, YamlConfigSettingsSource(settings_cls))
 
+    @classmethod
+    def like(cls, other: JobSettings, **own: Any) -> Self:
+        """Settings of a job that is a part of another one: what both have by one name, and its own."""
+        shared = {name: getattr(other, name) for name in cls.model_fields if name in type(other).model_fields}
+        return cls(**(shared | own))
 
-class PlanSettings(JobSettings):
+
+class ModelSettings(JobSettings):
+    """Base of the jobs that lay out videos: on which model, how large."""
+
+    model: str = Field(
+        default="wan-nano", description="wan-nano, a local diffusers folder, a hub id, or an s3:// prefix"
+    )
+    preset: str | None = Field(
+        default=None, description="methods' preset: default, paper, code or nano; empty: the model's own"
+    )
+    height: PositiveInt | None = Field(default=None, description="pixels, a multiple of 16; empty: the model's own")
+    width: PositiveInt | None = Field(default=None, description="pixels, a multiple of 16; empty: the model's own")
+    frames: PositiveInt | None = Field(
+        default=None, description="4k+1, fewer for shorter clips; empty: the model's own"
+    )
+    fps: PositiveFloat | None = Field(
+        default=None, allow_inf_nan=False, description="sample references at this rate; empty: as each file has"
+    )
+
+
+class PlanSettings(ModelSettings):
     """references x prompts x seeds x methods -> a manifest, one row per video to make."""
 
     references: str = Field(description="folder, glob, s3:// prefix, or a references table (.parquet, .csv, .jsonl)")
@@ -197,27 +95,13 @@ class PlanSettings(JobSettings):
     methods: CommaStrings = Field(default=("fastvmt",), description="methods, comma separated")
     seeds: CommaInts = Field(default=(0,), description="seeds, comma separated")
     output: str = Field(description="folder or prefix of the manifest to write")
-    model: str = Field(
-        default="wan-nano", description="wan-nano, a local diffusers folder, a hub id, or an s3:// prefix"
-    )
     dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="precision of the transformer")
-    preset: str | None = Field(
-        default=None, description="methods' preset: default, paper or nano; empty: the model's own"
-    )
     method_settings: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="overrides by method, e.g. {fastvmt: {guidance: {inner: 5}}} (YAML only)"
     )
     sweep: dict[str, dict[str, list[Any]]] = Field(
         default_factory=dict,
         description="values to compare, e.g. {fastvmt: {guidance.inner: [5, 10]}}: a row for every combination (YAML only)",
-    )
-    height: PositiveInt | None = Field(default=None, description="pixels, a multiple of 16; empty: the model's own")
-    width: PositiveInt | None = Field(default=None, description="pixels, a multiple of 16; empty: the model's own")
-    frames: PositiveInt | None = Field(
-        default=None, description="4k+1, fewer for shorter clips; empty: the model's own"
-    )
-    fps: PositiveFloat | None = Field(
-        default=None, allow_inf_nan=False, description="sample references at this rate; empty: as each file has"
     )
     steps: PositiveInt | None = Field(default=None, description="denoising steps; empty: the model's own")
     shift: PositiveFloat | None = Field(default=None, description="flow-matching shift; empty: the model's own")
@@ -283,7 +167,7 @@ class EvaluateSettings(JobSettings):
     progress_s: PositiveFloat = Field(default=5, description="seconds between progress lines")
 
 
-class BenchSettings(JobSettings):
+class BenchSettings(ModelSettings):
     """Plan, tune, transfer, evaluate and report in one command. Run it again to go on."""
 
     suite: Literal["procedural", "folder"] = Field(
@@ -300,15 +184,8 @@ class BenchSettings(JobSettings):
     baseline: str = Field(default="none", description="method that differences are to")
     seeds: CommaInts = Field(default=(0,), description="seeds, comma separated")
     output: str = Field(description="folder or prefix of everything")
-    model: str = Field(
-        default="wan-nano", description="wan-nano, a local diffusers folder, a hub id, or an s3:// prefix"
-    )
-    preset: str | None = Field(default=None, description="methods' preset; empty: the model's own")
     method_settings: dict[str, dict[str, Any]] = Field(default_factory=dict, description="as in plan (YAML only)")
     sweep: dict[str, dict[str, list[Any]]] = Field(default_factory=dict, description="as in plan (YAML only)")
-    height: PositiveInt | None = Field(default=None, description="pixels, a multiple of 16; empty: the model's own")
-    width: PositiveInt | None = Field(default=None, description="pixels, a multiple of 16; empty: the model's own")
-    frames: PositiveInt | None = Field(default=None, description="4k+1; empty: the model's own")
     steps: PositiveInt | None = Field(default=None, description="denoising steps; empty: the model's own")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where a stage has GPUs")
     clip: str | None = Field(default=None, description="CLIP, as in evaluate")
@@ -360,31 +237,17 @@ class SynthesizeSettings(JobSettings):
         return self
 
 
-class TuneSettings(JobSettings):
+class TuneSettings(ModelSettings):
     """References -> adapters, one training each, several at once. Run it again to make only what is missing."""
 
     references: str = Field(description="folder, glob, s3:// prefix, or a references table, with captions")
     output: str = Field(description="folder or prefix for adapters/, prepared/ and run/")
     method: str = Field(default="follow_your_motion", description="a method that is tuned")
-    model: str = Field(
-        default="wan-nano", description="wan-nano, a local diffusers folder, a hub id, or an s3:// prefix"
-    )
-    preset: str | None = Field(
-        default=None, description="the method's preset: default, paper, code or nano; empty: the model's own"
-    )
     tuning: dict[str, Any] = Field(
         default_factory=dict,
         description="settings of the method to change, e.g. {rank: 64, temporal: {steps: 500}} (YAML)",
     )
     caption: str | None = Field(default=None, description="of references that have none")
-    height: PositiveInt | None = Field(default=None, description="pixels, a multiple of 16; empty: the model's own")
-    width: PositiveInt | None = Field(default=None, description="pixels, a multiple of 16; empty: the model's own")
-    frames: PositiveInt | None = Field(
-        default=None, description="4k+1, fewer for shorter clips; empty: the model's own"
-    )
-    fps: PositiveFloat | None = Field(
-        default=None, allow_inf_nan=False, description="sample references at this rate; empty: as each file has"
-    )
     limit: PositiveInt | None = Field(default=None, description="tune on at most this many of the missing references")
     retry_failed: bool = Field(default=False, description="try failed references again")
     dry_run: bool = Field(default=False, description="say what would be trained, and what it would cost")

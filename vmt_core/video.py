@@ -22,7 +22,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from schemas.errors import ErrorCode, RowError
-from schemas.settings import LimitSettings
+from schemas.sections import LimitSettings
 from vmt_core.shapes import Frames
 
 _FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif,h264,hevc,ivf,mxf"

@@ -11,8 +11,6 @@ from pipelines import measure
 from schemas import EvaluateSettings, MetricRow
 from support import jobs
 
-pytestmark = pytest.mark.skip("not yet run as a whole since the job was written")
-
 
 @pytest.fixture(scope="module")
 def run(model, tmp_path_factory):
@@ -22,7 +20,7 @@ def run(model, tmp_path_factory):
     code, text = jobs.run("synthesize", *world, "--output", folder / "world")
     assert code == 0, text
     (folder / "prompts.txt").write_text("a red circle\n")
-    code, text = jobs.run(
+    code, text = jobs.here(
         "plan", "--references", folder / "world", "--prompts", folder / "prompts.txt", "--methods", "none,fastvmt", "--model", model,
         "--preset", "nano", "--height", 64, "--width", 64, "--frames", 9, "--steps", 2, "--output", folder / "manifest",
     )  # fmt: skip
@@ -50,7 +48,7 @@ def test_every_video_is_measured_once_against_exact_motion(run, tmp_path):
     assert [line["method"] for line in table if line["category"] == "all"] == ["none", "fastvmt"]
     for name in ("comparison.md", "comparison.tex", "comparison.parquet", "paper.md", "run/summary.json"):
         assert (tmp_path / "eval" / name).stat().st_size
-    code, text = jobs.run("evaluate", "--run", run, "--output", tmp_path / "eval")
+    code, text = jobs.here("evaluate", "--run", run, "--output", tmp_path / "eval")
     assert code == 0
     assert "4 measured before, 0 to measure now" in text
 
@@ -78,6 +76,6 @@ def test_missing_and_truncated_videos_are_counted_and_the_rest_goes_on(run, tmp_
 
 
 def test_a_run_without_results_is_refused(tmp_path):
-    code, text = jobs.run("evaluate", "--run", tmp_path, "--output", tmp_path / "eval")
+    code, text = jobs.here("evaluate", "--run", tmp_path, "--output", tmp_path / "eval")
     assert code == 2
     assert f"--run {tmp_path}: has no results; make some with jobs/transfer.py" in text

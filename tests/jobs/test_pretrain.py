@@ -40,7 +40,7 @@ def test_a_resumed_run_goes_on_where_the_first_stopped_and_logs_every_step(train
 
 
 def test_a_second_run_without_resume_is_refused(trained):
-    code, text = jobs.run("pretrain", "--stage", "vae", "--output", trained, *FEW)
+    code, text = jobs.here("pretrain", "--stage", "vae", "--output", trained, *FEW)
     assert code == 2
     assert "holds a run of this stage; --resume goes on" in text
 
@@ -54,7 +54,7 @@ def test_a_second_run_without_resume_is_refused(trained):
     ],
 )
 def test_what_cannot_be_trained_is_refused_in_a_line(tmp_path, flags, words):
-    code, text = jobs.run("pretrain", "--output", tmp_path / "out", *flags)
+    code, text = jobs.here("pretrain", "--output", tmp_path / "out", *flags)
     assert code == 2
     assert words in text
     assert "Traceback" not in text
@@ -67,7 +67,7 @@ def test_the_transformer_becomes_a_model_that_plan_takes(trained, clips, prompts
     assert code == 0, text
     assert "dit: step 1, " in text
     assert WanPipeline.from_pretrained(trained / "wan-nano").transformer.config.num_layers == 8
-    code, text = jobs.run(
+    code, text = jobs.here(
         "plan", "--references", clips, "--prompts", prompts, "--model", trained / "wan-nano", "--preset", "nano",
         "--height", 64, "--width", 64, "--frames", 9, "--output", tmp_path / "manifest",
     )  # fmt: skip

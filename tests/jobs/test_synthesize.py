@@ -73,7 +73,7 @@ def test_plan_takes_the_dataset_with_its_captions_and_categories(made, model, pr
     output, _ = made
     flags = ["--model", model, "--preset", "nano", "--height", 48, "--width", 64, "--frames", 5, "--steps", 2]
     for references, count in ((output, 50), (output / "references" / "split=test", 2)):
-        code, text = jobs.run(
+        code, text = jobs.here(
             "plan",
             "--references",
             references,
@@ -108,7 +108,7 @@ def test_other_settings_need_another_output(made):
     ],
 )
 def test_wrong_usage_is_one_line(tmp_path, flags, words):
-    code, text = jobs.run("synthesize", "--count", 1, "--output", tmp_path / "out", *flags)
+    code, text = jobs.here("synthesize", "--count", 1, "--output", tmp_path / "out", *flags)
     assert code == 2
     assert words in text
     assert "Traceback" not in text

@@ -26,7 +26,7 @@ FAST = ["--progress-s", 2]
 @pytest.fixture
 def source(clips, prompts, tmp_path, small):
     """A manifest of 2 clips x 2 prompts x 3 methods."""
-    code, text = jobs.run(
+    code, text = jobs.here(
         "plan", "--references", clips, "--prompts", prompts, "--methods", "fastvmt,ditflow,none", "--seeds", "0",
         "--output", tmp_path / "manifest", *small,
     )  # fmt: skip
@@ -70,7 +70,7 @@ def test_a_manifest_becomes_videos_that_are_the_same_whatever_the_batches_and_th
     assert "a yellow star at night" in page
     assert json.loads((tmp_path / "one/run/settings.json").read_text())["transfer"]["batch_rows"] == 4
 
-    code, text = jobs.run("transfer", "--manifest", source, "--model", model, "--output", tmp_path / "one")
+    code, text = jobs.here("transfer", "--manifest", source, "--model", model, "--output", tmp_path / "one")
     assert code == 0
     assert "nothing was left to make" in text
 
@@ -173,8 +173,8 @@ def with_column(table, name, values):
 
 
 def refused(args, message):
-    """The job, in this process: wrong usage is found before Ray starts."""
-    code, text = jobs.run("transfer", *args)
+    """Wrong usage is found before Ray starts."""
+    code, text = jobs.here("transfer", *args)
     assert code == 2, text
     assert message in text
     assert "Traceback" not in text

@@ -17,8 +17,6 @@ from support.clips import clip
 STEPS = 40
 EAGER = ["--training.checkpoint-seconds", 1, "--training.at-once", 1]
 
-pytestmark = pytest.mark.skip("not yet run as a whole since the job was written")
-
 
 def flags(model, references, output, steps=STEPS, **tuning):
     """Command line of a tuning of a few steps."""
@@ -86,13 +84,13 @@ def test_every_reference_has_an_adapter_and_a_row(tuned):
 
 def test_a_second_run_makes_nothing(tuned, model, captioned):
     output, _ = tuned
-    code, text = jobs.run("tune", *flags(model, captioned, output))
+    code, text = jobs.here("tune", *flags(model, captioned, output))
     assert code == 0
     assert "2 done before, 0 to tune now" in text
 
 
 def test_a_dry_run_says_what_it_would_cost_and_makes_nothing(model, captioned, tmp_path):
-    code, text = jobs.run("tune", *flags(model, captioned, tmp_path / "out"), "--dry-run")
+    code, text = jobs.here("tune", *flags(model, captioned, tmp_path / "out"), "--dry-run")
     assert code == 0
     assert "2 to tune now" in text and "FLOPs" in text and "GPU hours" in text and "M trained weights" in text
     assert not (tmp_path / "out").exists()
@@ -123,14 +121,14 @@ def test_bad_references_become_failed_rows_and_the_rest_goes_on(model, clips, tm
     ],
 )
 def test_what_cannot_be_tuned_is_refused_in_a_line(model, captioned, tmp_path, extra, words):
-    code, text = jobs.run("tune", *flags(model, captioned, tmp_path / "out"), *extra)
+    code, text = jobs.here("tune", *flags(model, captioned, tmp_path / "out"), *extra)
     assert code == 2
     assert words in text and "Traceback" not in text
     assert not (tmp_path / "out").exists()
 
 
 def plan(model, references, prompts, output, *extra):
-    code, text = jobs.run(
+    code, text = jobs.here(
         "plan", "--references", references, "--prompts", prompts, "--methods", "none,follow_your_motion", "--model", model,
         "--preset", "nano", "--height", 64, "--width", 64, "--frames", 9, "--steps", 2, "--output", output, *extra,
     )  # fmt: skip
@@ -177,7 +175,7 @@ def test_videos_are_made_with_the_adapters_and_the_page_shows_them(tuned, model,
 
 def test_transfer_says_where_adapters_come_from(tuned, model, captioned, prompts, tmp_path):
     plan(model, captioned, prompts, tmp_path / "manifest", "--settings", same_tuning(tmp_path))
-    code, text = jobs.run(
+    code, text = jobs.here(
         "transfer", "--manifest", tmp_path / "manifest", "--model", model, "--output", tmp_path / "out"
     )
     assert code == 2
@@ -212,7 +210,7 @@ def test_missing_and_damaged_adapters_are_failed_rows(tuned, model, captioned, p
     assert code == 3, text
     found = {row.category: str(row.error_code) for row in jobs.results(tmp_path / "out")}
     assert found == {"single": "adapter_unfit", "camera": "adapter_missing"}
-    code, text = jobs.run(
+    code, text = jobs.here(
         "transfer", "--manifest", tmp_path / "manifest", "--model", model, "--output", tmp_path, "--method", "x"
     )
     assert code == 2
@@ -231,7 +229,7 @@ def test_one_command_tunes_and_transfers_on_s3(model, clips, prompts, bucket, tm
         "transfer", "--manifest", f"s3://{bucket}/manifest", "--model", model, "--output", f"s3://{bucket}/out", "--tune",
         "--training.workers-per-reference", 2, "--training.deepspeed.zero", 2, "--training.threads", 1,
     ]  # fmt: skip
-    code, text = jobs.run(*command)
+    code, text = jobs.here(*command)
     assert code == 2, text
     assert "1 draws a step cannot be shared evenly by 2 workers; set spatial.draws to a multiple of 2" in text
     code, text = jobs.run(*command, "--training.workers-per-reference", 1)

@@ -7,7 +7,8 @@ from pydantic import BaseModel, ValidationError
 
 import schemas
 from schemas import LimitSettings, PlanSettings, StageSettings, TransferSettings, cli
-from schemas.settings import JobSettings, Section
+from schemas.sections import Section
+from schemas.settings import JobSettings
 
 JOBS = [PlanSettings, TransferSettings]
 

@@ -1,12 +1,16 @@
 """Runs the jobs as users do, and reads what they leave."""
 
+import contextlib
+import io
 import os
+import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
+import pytest
 
 from pipelines import manifest, models
 from pipelines.storage import Storage
@@ -38,6 +42,22 @@ def run(job, *args, env=None, timeout=240):
         kill(process)
         raise AssertionError(f"{job} did not end in {timeout} s:\n{process.communicate()[0]}") from None
     return process.returncode, text
+
+
+def here(job, *args):
+    """Runs a job that starts no Ray in this process, which spares the imports; returns (exit code, what it printed)."""
+    printed, on_sigterm = io.StringIO(), signal.getsignal(signal.SIGTERM)
+    script = ROOT / "jobs" / f"{job}.py"
+    with (
+        contextlib.redirect_stdout(printed),
+        contextlib.redirect_stderr(printed),
+        pytest.MonkeyPatch.context() as patch,
+        pytest.raises(SystemExit) as ended,
+    ):
+        patch.setattr(sys, "argv", [str(script), *map(str, args)])
+        runpy.run_path(str(script), run_name="__main__")
+    signal.signal(signal.SIGTERM, on_sigterm)
+    return ended.value.code, printed.getvalue()
 
 
 def kill(process):

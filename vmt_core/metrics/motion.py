@@ -16,13 +16,20 @@ from torch import Tensor
 from torch.nn.functional import grid_sample
 
 from vmt_core.shapes import Frames
-from vmt_core.world.render import Tracks
+from vmt_core.world.render import Tracks, grid_points
 
 Positions = Float[Tensor, "frames n 2"]
 Visible = Bool[Tensor, "frames n"]
 
 MOVES = 0.25  # pixels a frame at a width of 256: less is standing still
 _LOST = 0.75  # pixels of forward-backward error at which a track ends
+_FLAT = 4.0  # of 255, standard deviation about a pixel below which there is nothing to see
+_EMPTY = 0.75  # of the frame, that one flat area covers: it is a background without a pattern
+
+
+def start_points(height: int, width: int) -> Float[Tensor, "n 2"]:
+    """Where tracks start: a grid of 32 points along the shorter side, so that a thin limb has some."""
+    return grid_points(height, width, spacing=max(1, min(height, width) // 32))
 
 
 def flow_tracks(frames: Frames, points: Float[Tensor, "n 2"]) -> tuple[Positions, Visible]:
@@ -30,19 +37,38 @@ def flow_tracks(frames: Frames, points: Float[Tensor, "n 2"]) -> tuple[Positions
 
     A track that is lost or leaves the frame stays invisible from there on.
     """
-    gray = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in frames.permute(0, 2, 3, 1).contiguous().numpy()]
+    images = list(frames.permute(0, 2, 3, 1).contiguous().numpy())
     flow = estimator()
-    height, width = gray[0].shape
+    height, width = images[0].shape[:2]
     limit = points.new_tensor([width, height])
     positions, visible = [points], [torch.ones(len(points), dtype=torch.bool)]
-    for first, second in pairwise(gray):
-        there = _at(flow.calc(first, second, np.zeros((0,), np.float32)), positions[-1])
+    looked = ((cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), empty(image)) for image in images)
+    for (first, nothing_first), (second, nothing_second) in pairwise(looked):
+        forward = flow.calc(first, second, np.zeros((0,), np.float32))
+        backward = flow.calc(second, first, np.zeros((0,), np.float32))
+        forward[nothing_first], backward[nothing_second] = 0, 0
+        there = _at(forward, positions[-1])
         moved = positions[-1] + there
-        back = _at(flow.calc(second, first, np.zeros((0,), np.float32)), moved)
+        back = _at(backward, moved)
         inside = ((moved >= 0) & (moved < limit)).all(-1)
         positions.append(moved)
         visible.append(visible[-1] & inside & ((there + back).norm(dim=-1) <= _LOST))
     return torch.stack(positions), torch.stack(visible)
+
+
+def empty(image: np.ndarray) -> np.ndarray:
+    """Where (H, W) an image (H, W, 3) is a background without a pattern: flat, up to the frame's edge, most of the frame.
+
+    Optical flow has nothing to go by there and lets it drift along with whatever moves before it.
+    """
+    pixels, size = image.astype(np.float32), (7, 7)
+    mean = cv2.blur(pixels, size)
+    flat = (cv2.blur(pixels * pixels, size) - mean * mean).sum(-1) < _FLAT**2
+    _, areas = cv2.connectedComponents(flat.astype(np.uint8), connectivity=4)
+    border = np.concatenate([areas[0], areas[-1], areas[:, 0], areas[:, -1]])
+    largest = np.bincount(border[border > 0], minlength=1).argmax()
+    area: np.ndarray = (areas == largest) & flat
+    return area if area.mean() > _EMPTY else np.zeros_like(area)
 
 
 def estimator() -> cv2.DISOpticalFlow:

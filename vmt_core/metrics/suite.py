@@ -15,7 +15,7 @@ from torch import Tensor
 from vmt_core.metrics import encoders, flow, leak, motion
 from vmt_core.metrics.motion import Positions, Visible
 from vmt_core.shapes import Frames
-from vmt_core.world import Scene, grid_points, tracks
+from vmt_core.world import Scene, tracks
 
 #: Name -> version; bumped whenever the same videos would give another value.
 CORE = {
@@ -48,7 +48,7 @@ class Video:
 
     @cached_property
     def points(self) -> Tensor:
-        return grid_points(*self.frames.shape[-2:])
+        return motion.start_points(*self.frames.shape[-2:])
 
     @cached_property
     def tracks(self) -> tuple[Positions, Visible]:

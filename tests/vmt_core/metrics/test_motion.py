@@ -9,15 +9,17 @@ from hypothesis import strategies as st
 
 from vmt_core.metrics.motion import (
     aligned,
+    empty,
     flow_tracks,
     jerk,
     matched,
     moving,
     moving_share,
     of_world,
+    start_points,
     trajectory_correlation,
 )
-from vmt_core.world import Scene, grid_points, render, sample, tracks
+from vmt_core.world import Scene, grid_points, masks, render, sample, tracks
 from vmt_core.world.spec import Background, Camera, Object, Still
 
 SIDE = 128
@@ -114,6 +116,27 @@ def test_flipping_a_clip_flips_the_sign_of_horizontal_motion():
     points = grid_points(SIDE, SIDE)
     _, frames = pan(0.3, 0.0)
     assert aligned(flow_tracks(frames, points), flow_tracks(frames.flip(-1), points), SIDE) < -0.8
+
+
+@pytest.mark.parametrize(
+    ("pattern", "nothing"), [("plain", True), ("gradient", True), ("dotted", False), ("striped", False)]
+)
+def test_a_background_without_a_pattern_is_told_from_one_with(pattern, nothing):
+    scene = sample(39, category="single", motion="line")
+    ground = scene.background.model_copy(update={"pattern": pattern, "period": 0.23})
+    scene = scene.model_copy(update={"background": ground})
+    image = render(scene)[0].permute(1, 2, 0).contiguous().numpy()
+    assert empty(image).any() == nothing
+    assert not empty(image)[masks(scene)[0].numpy() >= 0].any()  # bodies are something
+
+
+def test_a_background_without_a_pattern_does_not_drift_along():
+    scene = sample(39, category="single", motion="line")
+    scene = scene.model_copy(update={"background": scene.background.model_copy(update={"pattern": "plain"})})
+    points = start_points(scene.height, scene.width)
+    exact, found = of_world(tracks(scene, points)), flow_tracks(render(scene), points)
+    assert moving_share(found, scene.width) < 1.5 * moving_share(exact, scene.width) + 0.02
+    assert aligned(exact, found, scene.width) > 0.7
 
 
 def test_brightness_does_not_matter():
