@@ -16,15 +16,13 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines import evaluate, manifest, plan, report, suites, synthesize, tables, transfer
-from pipelines.ledger import Ledger
+from pipelines import evaluate, plan, suites, synthesize, transfer
 from pipelines.storage import Storage, join
 from schemas import (
     BenchSettings,
     EvaluateSettings,
     PlanSettings,
     Reference,
-    ResultRow,
     SynthesizeSettings,
     TransferSettings,
 )
@@ -59,7 +57,10 @@ def run(settings: BenchSettings, say: Callable[[str], None] = print) -> dict[str
         device="cuda" if settings.measure.gpus else "cpu",
     )
     summary = evaluate.run(measured, say)
-    _page(settings, storage, measured)
+    about = json.loads(storage.read(join(settings.output, "run", "summary.json")))
+    about["title"] = f"Benchmark: {settings.suite}"
+    page = evaluate.page(measured, storage, about, settings.output)
+    storage.write(join(settings.output, "report.html"), page.encode())
     storage.write(join(settings.output, "comparison.csv"), storage.read(join(measured.output, "comparison.csv")))
     say(f"report  {join(settings.output, 'report.html')}")
     return summary
@@ -101,26 +102,3 @@ def _write(storage: Storage, uri: str, clips: list[Reference]) -> None:
     rows = [clip.model_dump() for clip in clips]
     pq.write_table(pa.Table.from_pylist(rows, schema=Reference.arrow_schema()), sink)
     storage.write(uri, sink.getvalue().to_pybytes())
-
-
-def _page(settings: BenchSettings, storage: Storage, measured: EvaluateSettings) -> None:
-    """The gallery of the run with its metrics, and the comparison above it."""
-    rows = list(evaluate.read(measured, storage))
-    lines = tables.compare(rows, settings.baseline, measured.bootstrap)
-    by_id = {row.sample_id: row for row in rows}
-    summary = json.loads(storage.read(join(settings.output, "run", "summary.json")))
-    ids = manifest.check(storage, join(settings.output, "manifest"), revision=summary["model_revision"]).ids[
-        : transfer.REPORT_ROWS
-    ]
-    ledger = Ledger(storage, settings.output)
-    order = {row: place for place, row in enumerate(ids)}
-    results = [row for batch in ledger.scan(list(ResultRow.model_fields), order.keys()) for row in batch.to_pylist()]
-    results.sort(key=lambda row: order[row["sample_id"]])
-    for row in results:
-        values = by_id.get(row["sample_id"])
-        row["metrics"] = (
-            {} if values is None else {name: getattr(values, name) for name in tables.BETTER if name != "seconds"}
-        )
-    summary["title"] = f"Benchmark: {settings.suite}"
-    page = report.render(results, summary, settings.output, lines=lines, place="")
-    storage.write(join(settings.output, "report.html"), page.encode())

@@ -12,7 +12,7 @@ import io
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
@@ -23,11 +23,15 @@ import pyarrow.parquet as pq
 import ray
 from ray.data import ActorPoolStrategy
 
-from pipelines import cluster, lock, progress, tables
+from pipelines import cluster, lock, progress, report, tables
 from pipelines.cluster import RunFailed
+from pipelines.ledger import Ledger
 from pipelines.measure import COLUMNS, Measure, folder_of
 from pipelines.storage import Storage, describe, join
-from schemas import EvaluateSettings, MetricRow, UsageError
+from schemas import EvaluateSettings, MetricRow, ResultRow, UsageError
+
+REPORT_ROWS = 5_000  # of the page, failures first
+_DRAWN = 500  # of those, the ones whose tracks can be drawn over the videos
 
 
 def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -73,6 +77,8 @@ def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[
             "run/summary.json": json.dumps(summary, indent=2),
         }.items():
             storage.write(join(settings.output, name), text.encode())
+        title = {"title": "Evaluation", "finished_at": summary["finished_at"]}
+        storage.write(join(settings.output, "report.html"), page(settings, storage, title, settings.output).encode())
         sink = pa.BufferOutputStream()
         pq.write_table(pacsv.read_csv(io.BytesIO(tables.to_csv(lines).encode())), sink)
         storage.write(join(settings.output, "comparison.parquet"), sink.getvalue().to_pybytes())
@@ -91,11 +97,41 @@ def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[
     return summary
 
 
-def read(settings: EvaluateSettings, storage: Storage) -> Iterator[MetricRow]:
-    """Every metric row of the runs that were asked for."""
+def page(settings: EvaluateSettings, storage: Storage, summary: Mapping[str, Any], output: str) -> str:
+    """The report: the comparison of methods above a gallery of videos with their metrics.
+
+    Args:
+        summary: as `report.render` wants it.
+        output: folder that the page is written to.
+    """
+    metrics = {(row.run, row.sample_id): row for row in read(settings, storage)}
+    lines = tables.compare(list(metrics.values()), settings.baseline, settings.bootstrap)
+    first = sorted(metrics.values(), key=lambda row: (row.status == "ok", row.reference_uri, row.prompt, row.seed))
+    chosen = {(row.run, row.sample_id) for row in first[:REPORT_ROWS]}
+    drawn = {(row.run, row.sample_id) for row in first[:_DRAWN]}
+    tracks = {
+        (row.run, row.sample_id): {"tracks": row.tracks, "reference_tracks": row.reference_tracks}
+        for row in read(settings, storage, whole=True)
+        if (row.run, row.sample_id) in drawn
+    }
+    shown = []
+    for run in settings.run:
+        ids = {sample for other, sample in chosen if other == run}
+        for batch in Ledger(storage, run).scan(list(ResultRow.model_fields), ids):
+            for row in batch.to_pylist():
+                key = (run, row["sample_id"])
+                values = {name: getattr(metrics[key], name) for name in tables.BETTER if name != "seconds"}
+                shown.append(row | {"metrics": values} | tracks.get(key, {}))
+    shown.sort(key=lambda row: (row["reference_uri"], row["prompt"], row["seed"]))
+    return report.render(shown, summary, output, lines=lines, place="")
+
+
+def read(settings: EvaluateSettings, storage: Storage, *, whole: bool = False) -> Iterator[MetricRow]:
+    """Every metric row of the runs that were asked for; the tracks only if `whole`, they weigh more than all else."""
     dataset = _dataset(settings, storage)
+    columns = [name for name in MetricRow.model_fields if whole or name not in ("tracks", "reference_tracks")]
     if dataset is not None:
-        for batch in dataset.to_batches(filter=ds.field("run").isin(settings.run)):
+        for batch in dataset.to_batches(columns, filter=ds.field("run").isin(settings.run), batch_size=1000):
             yield from (MetricRow.model_validate(values) for values in batch.to_pylist())
 
 

@@ -7,7 +7,7 @@ becomes that row's failure in the run.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,12 +45,15 @@ def files(storage: Storage, uri: str) -> list[str]:
     return found
 
 
-def check(storage: Storage, uri: str, *, revision: str, method: str | None = None) -> Selection:
+def check(
+    storage: Storage, uri: str, *, revision: str, method: str | None = None, samples: Collection[str] = ()
+) -> Selection:
     """Reads a manifest wholly and checks all that can be known before the run.
 
     Args:
         revision: of the weights that will run.
         method: select its rows only; all are checked.
+        samples: select the rows with these ids only; none selects all.
 
     Raises:
         UsageError: one line per fault: columns, types, values, duplicate ids, ids that are not the digest of their row,
@@ -59,6 +62,7 @@ def check(storage: Storage, uri: str, *, revision: str, method: str | None = Non
     faults: list[str] = []
     selection = Selection()
     seen: set[str] = set()
+    chosen: set[str] = set()  # adapters
     methods: dict[tuple[str, str], str | None] = {}
     for name in files(storage, uri):
         if wrong := _columns(storage, name):
@@ -70,15 +74,17 @@ def check(storage: Storage, uri: str, *, revision: str, method: str | None = Non
             if fault := _fault(values, seen, methods, revision, selection.adapters):
                 faults.append(f"{name}, row {row}: {fault}")
             selection.methods.add(values["method"])
-            if method in (None, values["method"]):
+            if method in (None, values["method"]) and (not samples or values["sample_id"] in samples):
                 selection.ids.append(values["sample_id"])
-    if method is not None:
-        selection.adapters = {key: row for key, row in selection.adapters.items() if row.method == method}
+                if values["adapter_id"]:
+                    chosen.add(values["adapter_id"])
+    selection.adapters = {key: row for key, row in selection.adapters.items() if key in chosen}
     if faults:
         more = [f"… and {len(faults) - _SHOWN_FAULTS} more"] if len(faults) > _SHOWN_FAULTS else []
         raise UsageError("\n".join([*faults[:_SHOWN_FAULTS], *more]))
     if not selection.ids:
         rows = f"rows of {method}, only of {', '.join(sorted(selection.methods))}" if selection.methods else "rows"
+        rows = f"rows with the ids {', '.join(samples)}" if samples and selection.methods else rows
         raise UsageError(f"--manifest {uri}: has no {rows}")
     return selection
 

@@ -21,6 +21,7 @@ from pipelines.storage import Storage, StorageUnavailable, join
 from schemas import EvaluateSettings, MetricRow, RowError
 from vmt_core import video
 from vmt_core.metrics import encoders
+from vmt_core.metrics.motion import packed
 from vmt_core.metrics.suite import VERSIONS, Suite, Video
 from vmt_core.shapes import Frames
 from vmt_core.world import Scene
@@ -89,14 +90,16 @@ class Measure:
                 frames, _ = self._read(row, row["video_uri"], Path(folder) / "video.mp4")
                 reference, tags = self._read(row, row["reference_video_uri"], Path(folder) / "reference.mp4")
             scene = _scene(row, tags)
-            values, reasons = self.suite.measure(Video(frames, reference, row["prompt"], scene))
+            about = Video(frames, reference, row["prompt"], scene)
+            values, reasons = self.suite.measure(about)
+            drawn = {name: packed(getattr(about, name), *frames.shape[-2:]) for name in ("tracks", "reference_tracks")}
         except RowError as error:
             return MetricRow(**common, status="failed", error_code=error.code.value, error_message=error.message[:2000])
         except StorageUnavailable as error:
             return MetricRow(
                 **common, status="failed", error_code="storage_unavailable", error_message=str(error)[:2000]
             )
-        return MetricRow(**common, **values, status="ok", exact=scene is not None, absent=json.dumps(reasons))
+        return MetricRow(**common, **values, **drawn, status="ok", exact=scene is not None, absent=json.dumps(reasons))
 
     def _read(self, row: dict[str, Any], uri: str, local: Path) -> tuple[Frames, dict[str, str]]:
         limits = self.settings.limits

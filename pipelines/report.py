@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
@@ -29,10 +30,13 @@ from schemas.errors import ErrorCode
 from schemas.rows import ResultRow
 
 #: Text columns travel as indexes into a pool of distinct strings, the others as numbers. Text as well are the seed,
-#: which may exceed what JavaScript holds exactly, and the links to the result, to the reference as the model saw it,
-#: and to the original clip.
+#: which may exceed what JavaScript holds exactly, the links to the result, to the reference as the model saw it,
+#: and to the original clip, and the tracks of points that can be drawn over both.
 _SCHEMA = {field.name: str(field.type) for field in ResultRow.arrow_schema()}
-_TEXT = (*(name for name, kind in _SCHEMA.items() if kind == "string"), "seed", "video", "reference", "source")
+_TEXT = (
+    *(name for name, kind in _SCHEMA.items() if kind == "string"),
+    *("seed", "video", "reference", "source", "tracks", "reference_tracks"),
+)
 _NUMBERS = tuple(name for name, kind in _SCHEMA.items() if kind != "string" and name != "seed")
 _STAGES = ("encode", "transfer", "finish")
 
@@ -57,16 +61,20 @@ def render(
 
     Args:
         rows: result rows (`schemas.rows.ResultRow`) as dicts, in the order to show; missing columns count as empty.
-        summary: what the run says of itself, every key optional: title, run_id, started_at, finished_at, selected, ok,
+        summary: what the run says of itself, every key optional: title, manifest, run_id, started_at, finished_at, selected, ok,
             failed, left, seconds, videos_per_hour, failed_by_code, seconds_by_stage (means per video), model,
             model_revision, notice, versions, adapters (of tuned methods: reference_uri, caption, heads as PNG bytes, seconds, and
             by stage a curve of (step, loss, validation loss)).
         output: the OUT prefix (a path or a URL); what lies below it is linked relatively, so that OUT can be moved.
-        lines: of the comparison of methods; rows may then hold `metrics`, a dict of numbers.
+        lines: of the comparison of methods; rows may then hold `metrics`, a dict of numbers, and tracks as
+            `vmt_core.metrics.motion.packed` makes them.
         place: folder of the page below OUT.
     """
     rows = list(rows)
-    packed = json.dumps(_pack(rows, output, place), separators=(",", ":"), allow_nan=False).replace("<", "\\u003c")
+    command = _command(summary)
+    packed = json.dumps(
+        _pack(rows, output, place) | {"command": command}, separators=(",", ":"), allow_nan=False
+    ).replace("<", "\\u003c")
     template = _ENVIRONMENT.get_template("report.html.j2")
     page = template.render(
         rows=Markup(packed),  # JSON without `<`: it cannot end its script element
@@ -107,6 +115,14 @@ def _scheme(uri: str) -> str:
     """The lower-case scheme of a uri, without whitespace that a browser would ignore; empty for a path."""
     match = re.match(r"([a-z][a-z0-9+.-]*):", re.sub(r"[\x00-\x20]", "", uri).lower())
     return match[1] if match else ""
+
+
+def _command(summary: Mapping[str, Any]) -> str:
+    """What makes a row again, but for its id at the end; empty if the run's manifest is not known."""
+    if not summary.get("manifest"):
+        return ""
+    words = ["python", "jobs/transfer.py", "--manifest", str(summary["manifest"]), "--model", str(summary.get("model"))]
+    return shlex.join([*words, "--output", "out/again", "--samples"])
 
 
 def _pack(rows: Sequence[Mapping[str, Any]], output: str, place: str) -> dict[str, Any]:

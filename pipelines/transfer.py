@@ -51,7 +51,9 @@ def run(settings: TransferSettings, say: Callable[[str], None] = print) -> dict[
         revision = models.revision(settings.model, storage)
     except FileNotFoundError as error:
         raise UsageError(f"--model {error}") from error
-    selection = manifest.check(storage, settings.manifest, revision=revision, method=settings.method)
+    selection = manifest.check(
+        storage, settings.manifest, revision=revision, method=settings.method, samples=settings.samples
+    )
     settings = _with_adapters(settings, storage, selection, say)
     with lock.held(storage, join(settings.output, "run", "lock.json")) as still_ours:
         run_id = f"{started:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
@@ -60,7 +62,9 @@ def run(settings: TransferSettings, say: Callable[[str], None] = print) -> dict[
         chosen, left = _choose(settings, ledger, selection.ids, say)
         began, working = time.monotonic(), 0.0
         if chosen:
-            with _source(settings, storage, run_id, chosen, whole=not left and settings.method is None) as source:
+            with _source(
+                settings, storage, run_id, chosen, whole=not (left or settings.method or settings.samples)
+            ) as source:
                 working = _execute(settings, storage, ledger, source, chosen, run_id, say, still_ours)
         summary = {
             "title": "Motion transfer",
@@ -69,6 +73,7 @@ def run(settings: TransferSettings, say: Callable[[str], None] = print) -> dict[
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - began, 3),
             "seconds_working": round(working, 3),  # without the start of Ray and the loading of models
+            "manifest": settings.manifest,
             "model": settings.model,
             "model_revision": revision,
             "notice": nano.NOTICE if settings.model == nano.NAME else None,

@@ -268,6 +268,10 @@ class MetricRow(Row):
     background_consistency: float | None = None
     aesthetic_quality: float | None = None
     exact: bool = Field(default=False, description="the reference's motion is known exactly")
+    tracks: str | None = Field(
+        default=None, description="of some points, for the eye: see vmt_core.metrics.motion.packed"
+    )
+    reference_tracks: str | None = Field(default=None, description="the same of the reference")
     absent: str = Field(default="{}", description="JSON: metric -> why there is no value")
     suite: str = Field(default="{}", description="JSON: metric -> version, and the models that were used")
 

@@ -124,6 +124,7 @@ class TransferSettings(JobSettings):
     output: str = Field(description="folder or prefix for videos/, results/ and run/")
     model: str = Field(default="wan-nano", description="where the weights are; must hold the revision that was planned")
     method: str | None = Field(default=None, description="only rows of this method")
+    samples: CommaStrings = Field(default=(), description="only the rows with these ids, comma separated")
     limit: PositiveInt | None = Field(default=None, description="make at most this many of the missing rows")
     retry_failed: bool = Field(default=False, description="forget the manifest's failed rows first, and try them again")
     adapters: str | None = Field(

@@ -1,5 +1,6 @@
 """jobs/evaluate.py on a small run."""
 
+import base64
 import csv
 import json
 import shutil
@@ -46,6 +47,9 @@ def test_every_video_is_measured_once_against_exact_motion(run, tmp_path):
     assert all(row.text_similarity is None for row in found)
     table = list(csv.DictReader((tmp_path / "eval" / "categories.csv").open()))
     assert [line["method"] for line in table if line["category"] == "all"] == ["none", "fastvmt"]
+    assert all(len(base64.b64decode(row.tracks)) == len(base64.b64decode(row.reference_tracks)) > 0 for row in found)
+    page = (tmp_path / "eval" / "report.html").read_text()
+    assert "<h2>Methods</h2>" in page and found[0].sample_id in page and found[0].tracks in page
     for name in ("comparison.md", "comparison.tex", "comparison.parquet", "paper.md", "run/summary.json"):
         assert (tmp_path / "eval" / name).stat().st_size
     code, text = jobs.here("evaluate", "--run", run, "--output", tmp_path / "eval")

@@ -15,15 +15,18 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 from playwright.sync_api import Browser, Page, sync_playwright
 
 from pipelines.report import link, render
 from schemas.errors import ErrorCode
 from schemas.rows import ManifestRow, ResultRow
+from vmt_core.metrics.motion import packed
 
 CHROMIUM = shutil.which("chromium")
 METHODS = ("fastvmt", "ditflow", "none")
 FPS, FRAMES, SIDE = 12.0, 17, 64
+SUMMARY = {"notice": "noise", "manifest": "my manifest", "model": "tiny"}
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
@@ -210,7 +213,7 @@ def three_groups(output: Path) -> list[dict[str, Any]]:
 def opened(browser: Browser, output: Path, rows: list[dict[str, Any]], **options: Any) -> tuple[Page, list[str]]:
     """The report in a new tab, and the list that its errors and dialogs go to."""
     (output / "run").mkdir(parents=True, exist_ok=True)
-    (output / "run" / "report.html").write_text(render(rows, {"notice": "noise"}, str(output)))
+    (output / "run" / "report.html").write_text(render(rows, SUMMARY, str(output)))
     page = browser.new_context(viewport={"width": 1280, "height": 900}, **options).new_page()
     errors: list[str] = []
     page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
@@ -285,6 +288,34 @@ def test_gallery_in_a_browser(browser: Browser, tmp_path: Path) -> None:
     settings = json.loads(page.locator(".card.result pre").first.inner_text())
     assert settings["method_settings"] == {"start": {"kind": "noise"}}
     assert settings["seed"] == 0
+    assert errors == []
+
+
+def test_tracks_are_drawn_over_the_videos_when_asked(browser: Browser, tmp_path: Path) -> None:
+    rows = three_groups(tmp_path)
+    across = torch.stack([torch.linspace(0, SIDE, FRAMES), torch.full((FRAMES,), 31.0)], -1)[:, None]
+    tracks = packed((across, torch.ones(FRAMES, 1, dtype=torch.bool)), SIDE, SIDE, every=1)
+    page, errors = opened(browser, tmp_path, [rows[0] | {"tracks": tracks, "reference_tracks": tracks}, *rows[1:]])
+    painted = """[...document.querySelectorAll('canvas')].map((c) => c.width > 0
+        && c.getContext('2d').getImageData(0, 0, c.width, c.height).data.some((value) => value))"""
+    assert page.evaluate(painted) == [False, False]
+    page.keyboard.press("t")
+    until(page, f"{painted}.every(Boolean)")
+    page.keyboard.press("t")
+    until(page, f"!{painted}.some(Boolean)")
+    assert [text for text in errors if not text.startswith("Canvas2D")] == []  # that is about how the test looks
+
+
+def test_a_sample_has_a_page_of_its_own_that_says_how_to_make_it_again(browser: Browser, tmp_path: Path) -> None:
+    rows = three_groups(tmp_path)
+    page, errors = opened(browser, tmp_path, rows)
+    page.get_by_role("link", name="Link").nth(4).click()
+    until(page, "document.querySelectorAll('.card.result').length === 1")
+    assert page.url.endswith(f"#{rows[4]['sample_id']}")
+    command = page.locator(".again").inner_text()
+    assert command == (
+        f"python jobs/transfer.py --manifest 'my manifest' --model tiny --output out/again --samples {rows[4]['sample_id']}"
+    )
     assert errors == []
 
 
