@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vmt_core.backbone.sampler import Schedule, denoiser_calls, noise, noised, sample
+from vmt_core.backbone.sampler import Schedule, denoiser_calls, noise, noised, sample, shifted
 
 SHAPE = (2, 16, 2, 4, 4)
 TEXT = torch.zeros(2, 8, 4)
@@ -16,6 +16,12 @@ def latents(seed=0):
 def linear(x, timestep, text):
     """A velocity that depends on everything it is given."""
     return 0.1 * x + timestep.view(-1, 1, 1, 1, 1) / 1000 + text.mean()
+
+
+def test_levels_are_shifted_as_wan_does():
+    assert shifted(torch.tensor([0.0, 0.5, 1.0]), 5.0).tolist() == pytest.approx([0, 0.8333333, 1])
+    each = shifted(torch.full((2,), 0.5), torch.tensor([1.0, 3.0]))
+    assert each.tolist() == pytest.approx([0.5, 0.75])
 
 
 @pytest.mark.parametrize(

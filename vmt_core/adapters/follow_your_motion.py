@@ -29,6 +29,7 @@ from vmt_core.adapters.head_types import HeadTypes, classify
 from vmt_core.adapters.masked_lora import Weights
 from vmt_core.adapters.settings import FollowYourMotion
 from vmt_core.backbone.positions import temporal_positions
+from vmt_core.backbone.sampler import shifted
 from vmt_core.backbone.taps import checkpointed
 from vmt_core.backbone.wan import Backbone
 from vmt_core.shapes import Frames, Latents, Text
@@ -228,11 +229,6 @@ def _validation(module: VelocityLoss, latents: Tensor, text: Tensor) -> float:
         )
         errors.append((predicted - velocity).square().mean().item())
     return sum(errors) / len(errors)
-
-
-def shifted(u: Float[Tensor, " batch"], shift: float) -> Float[Tensor, " batch"]:
-    """Noise levels of uniform draws: shift u / (1 + (shift - 1) u)."""
-    return shift * u / (1 + (shift - 1) * u)
 
 
 def loss_weight(sigma: Float[Tensor, " batch"], shift: float) -> Float[Tensor, " batch"]:

@@ -48,6 +48,11 @@ class Schedule:
         return len(self.timesteps)
 
 
+def shifted(u: Tensor, shift: Tensor | float) -> Tensor:
+    """Noise levels nearer to 1, as Wan has them: shift u / (1 + (shift - 1) u)."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
 def noise(seed: int, shape: torch.Size | tuple[int, ...], *, draws: int = 1) -> list[Latents]:
     """`draws` standard normal latents from a CPU generator of this seed alone: the same on every device, in any batch."""
     generator = torch.Generator("cpu").manual_seed(seed)

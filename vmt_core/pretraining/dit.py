@@ -11,6 +11,7 @@ from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
 from transformers import UMT5Config, UMT5EncoderModel
 
+from vmt_core.backbone.sampler import shifted
 from vmt_core.pretraining.loop import Logs, Phase, phase_at
 from vmt_core.pretraining.pool import LatentPool, Size
 from vmt_core.pretraining.text import TEXT_CONFIG, tokenizer
@@ -38,7 +39,7 @@ PHASES = (
         renew=40,
     ),
 )
-SHIFT = 3.0
+SHIFTS = (1.0, 3.0)  # of the noise levels, one drawn for each clip: at 3 places are learnt, at 1 outlines
 EMPTY_CAPTIONS = 0.1
 LONG_CAPTIONS = 1 / 16  # of the steps of clips are padded as in Wan, so that padding is learnt to mean nothing
 SHORT_LENGTH, WAN_LENGTH = 24, 512
@@ -112,7 +113,8 @@ class DitStage:
         count, frames, height, width = random.choice(phase.clips)
         size = (frames, height, width)
         latents, seeds = self.pool.draw(random, within, count, size, renew=phase.renew)
-        sigma = shifted(torch.randn(count, generator=generator).sigmoid())
+        shift = torch.tensor([random.choice(SHIFTS) for _ in range(count)])
+        sigma = shifted(torch.randn(count, generator=generator).sigmoid(), shift)
         length = WAN_LENGTH if frames > 1 and random.random() < LONG_CAPTIONS else SHORT_LENGTH
         captions = ["" if random.random() < EMPTY_CAPTIONS else self._caption(seed, size, random) for seed in seeds]
         return latents, torch.randn(latents.shape, generator=generator), sigma, *self.tokens(captions, length)
@@ -129,7 +131,7 @@ class DitStage:
         size = self.phases[-1].clips[0][1:]
         latents, seeds = self.pool.validation(size)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
-        sigma = shifted(torch.linspace(0.05, 0.95, len(latents)))
+        sigma = shifted(torch.linspace(0.05, 0.95, len(latents)), SHIFTS[-1])
         captions = [self._caption(seed, size) for seed in seeds]
         batches = [self.tokens(words, SHORT_LENGTH) for words in (captions, captions[1:] + captions[:1])]
         right, wrong = (
@@ -144,8 +146,3 @@ class DitStage:
     def _caption(seed: int, size: Size, variety: Random | None = None) -> str:
         scene = sample(seed, frames=size[0], height=size[1], width=size[2])
         return appearance(scene, variety if variety is not None and variety.random() < 0.5 else None)
-
-
-def shifted(u: Tensor) -> Tensor:
-    """Sigmas nearer to noise, as Wan samples: s u / (1 + (s - 1) u)."""
-    return SHIFT * u / (1 + (SHIFT - 1) * u)

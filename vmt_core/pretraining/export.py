@@ -9,7 +9,8 @@ import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline
 from torch import Tensor, nn
 
-from vmt_core.pretraining.dit import SHIFT, DitLoss
+from vmt_core.presets import NANO
+from vmt_core.pretraining.dit import DitLoss
 from vmt_core.pretraining.text import tokenizer
 from vmt_core.pretraining.vae import VaeLoss, pixels
 from vmt_core.world.render import render
@@ -36,7 +37,7 @@ def save_pipeline(module: nn.Module, vae: AutoencoderKLWan, folder: Path) -> Non
         text_encoder=deepcopy(module.text),
         vae=deepcopy(vae),
         transformer=deepcopy(module.transformer),
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=SHIFT),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=NANO.shift),
     ).to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)
 
 

@@ -10,8 +10,9 @@ from pydantic import ValidationError
 
 from vmt_core.adapters import follow_your_motion as fym
 from vmt_core.adapters import masked_lora
-from vmt_core.adapters.follow_your_motion import Prepared, loss_weight, motion_loss, shifted
+from vmt_core.adapters.follow_your_motion import Prepared, loss_weight, motion_loss
 from vmt_core.adapters.settings import FollowYourMotion
+from vmt_core.backbone.sampler import shifted
 from vmt_core.tuning import Schedule, TorchEngine, Tuning
 from vmt_core.world import render, sample
 
@@ -133,10 +134,6 @@ def test_what_cannot_be_tuned_on_is_refused(tiny, frames, caption, words):
 
 
 # loss
-
-
-def test_noise_levels_are_shifted_as_wan_does():
-    assert shifted(torch.tensor([0.0, 0.5, 1.0]), 5.0).tolist() == pytest.approx([0, 0.8333333, 1])
 
 
 def test_the_weight_is_a_bell_of_mean_one_over_the_drawn_levels():

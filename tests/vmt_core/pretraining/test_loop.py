@@ -10,7 +10,7 @@ from torch import nn
 
 from vmt_core import Backbone
 from vmt_core.pretraining import export, loop, pool
-from vmt_core.pretraining.dit import DitStage, shifted
+from vmt_core.pretraining.dit import DitStage
 from vmt_core.pretraining.loop import Phase, Run
 from vmt_core.pretraining.vae import VaeStage, crop, look_at_one_frame, pixels
 from vmt_core.world import render, sample, split
@@ -254,11 +254,3 @@ def test_captions_belong_to_their_clips(few, small, tmp_path):
         )
         torch.testing.assert_close(latent, ((mode - mean) / std), atol=0.15, rtol=0.05)
         assert scene.background.pattern in stage._caption(seed, size)
-
-
-def test_noise_levels_lean_to_noise():
-    u = torch.linspace(0, 1, 11)
-    sigma = shifted(u)
-    assert sigma[0] == 0
-    assert sigma[-1] == 1
-    assert sigma[5] == pytest.approx(0.75)
