@@ -39,6 +39,13 @@ def needs(pools: Sequence[StageSettings]) -> dict[str, float]:
     return total
 
 
+def reason(error: BaseException) -> str:
+    """The line of an engine's error that says what happened: the first cause, not how the engine met it."""
+    first = str(error).split("The above exception was the direct cause", 1)[0]
+    lines = [text.strip() for text in first.splitlines() if text.strip()]
+    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
+
+
 @contextlib.contextmanager
 def connected(settings: RaySettings, pools: Sequence[StageSettings]) -> Iterator[None]:
     """Ray while the block runs: the cluster at `address` or RAY_ADDRESS, else a local one with enough logical CPUs.

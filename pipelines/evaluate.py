@@ -22,12 +22,13 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import ray
 from ray.data import ActorPoolStrategy
+from ray.data.datasource import Partitioning
 
 from pipelines import cluster, lock, progress, report, tables
 from pipelines.cluster import RunFailed
 from pipelines.ledger import Ledger
 from pipelines.measure import COLUMNS, Measure, folder_of
-from pipelines.storage import Storage, describe, join
+from pipelines.storage import Storage, join
 from schemas import EvaluateSettings, MetricRow, ResultRow, UsageError
 
 REPORT_ROWS = 5_000  # of the page, failures first
@@ -161,8 +162,9 @@ def _measure(
             for output, files in found.items():
                 filesystem, _ = storage.arrow(files[0])
                 paths = [storage.arrow(file)[1] for file in files]
+                folders = Partitioning("hive", base_dir=storage.arrow(join(output, "results"))[1])
                 data = (
-                    ray.data.read_parquet(paths, filesystem=filesystem, columns=[*COLUMNS], partitioning=None)
+                    ray.data.read_parquet(paths, filesystem=filesystem, columns=[*COLUMNS], partitioning=folders)
                     .repartition(target_num_rows_per_block=settings.rows_per_block)
                     .map_batches(
                         Measure,
@@ -183,7 +185,7 @@ def _measure(
                         say(f"{ended}/{missing} videos · {failed} failed · {60 * rate:,.0f} videos/min · {left} left")
                         told = now
         except (ray.exceptions.RayError, OSError) as error:
-            raise RunFailed(f"{describe(error)[-500:]}; the same command goes on from there") from error
+            raise RunFailed(f"{cluster.reason(error)[:500]}; the same command goes on from there") from error
 
 
 def _results(storage: Storage, output: str) -> list[str]:

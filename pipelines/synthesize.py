@@ -28,7 +28,7 @@ from ray.data import TaskPoolStrategy
 
 from pipelines import cluster, lock, progress
 from pipelines.cluster import RunFailed
-from pipelines.storage import Storage, absolute, describe, join, sha256
+from pipelines.storage import Storage, absolute, join, sha256
 from schemas import SynthesizeSettings, UsageError, WorldClip
 from vmt_core import video
 from vmt_core.world import captions
@@ -176,7 +176,7 @@ def _make(settings: SynthesizeSettings, missing: list[int], say: Callable[[str],
                     )
                     told = now
         except (ray.exceptions.RayError, OSError) as error:
-            raise RunFailed(f"{describe(error)[-500:]}; the same command goes on from here") from error
+            raise RunFailed(f"{cluster.reason(error)[:500]}; the same command goes on from here") from error
 
 
 def _block(batch: pa.Table, settings: SynthesizeSettings) -> pa.Table:

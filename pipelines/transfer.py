@@ -246,7 +246,7 @@ def _execute(
             if now["stalled_s"] > settings.ray.stall_s:
                 raise RunFailed(_stall(now["stalled_s"], pools))
         if failure:
-            raise RunFailed(_reason(failure[0])) from failure[0]
+            raise RunFailed(cluster.reason(failure[0])) from failure[0]
         return float(ray.get(tracker.snapshot.remote())["working_s"])
 
 
@@ -284,12 +284,6 @@ def _stall(seconds: float, pools: tuple[StageSettings, ...]) -> str:
         else "the actors did not start or the storage does not answer"
     )
     return f"no row began or ended for {progress.duration(seconds)}: {why}. The same command goes on from here"
-
-
-def _reason(error: BaseException) -> str:
-    """The line of an engine's error that says what happened."""
-    lines = [text.strip() for text in str(error).splitlines() if text.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
 
 
 def _account(ledger: Ledger, ids: list[str], run_id: str) -> dict[str, Any]:

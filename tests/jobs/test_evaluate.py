@@ -71,7 +71,7 @@ def test_missing_and_truncated_videos_are_counted_and_the_rest_goes_on(run, tmp_
     assert code == 3, text
     found = rows(tmp_path / "eval")
     assert sorted(str(row.error_code) for row in found if row.status == "failed") == [
-        "not_a_video",
+        "no_video_stream",
         "reference_missing",
     ]
     assert sum(row.status == "ok" for row in found) == 2

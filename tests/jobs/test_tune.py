@@ -16,6 +16,7 @@ from support.clips import clip
 
 STEPS = 40
 EAGER = ["--training.checkpoint-seconds", 1, "--training.at-once", 1]
+QUICK = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2"}  # Ray takes a checkpoint only then
 
 
 def flags(model, references, output, steps=STEPS, **tuning):
@@ -44,7 +45,6 @@ def tuned(model, captioned, tmp_path_factory):
     code, text = jobs.run(
         "tune",
         *flags(model, captioned, output),
-        *EAGER,
         "--training.export",
         "comfyui,merged",
         "--training.sample-every",
@@ -268,7 +268,7 @@ def checkpoints(output):
 def test_killed_workers_and_a_killed_driver_go_on_and_nothing_finished_is_repeated(model, captioned, tuned, tmp_path):
     """A worker dies in the first training, everything in the second; the adapters are those of an undisturbed run."""
     output = tmp_path / "out"
-    process = jobs.start("tune", *flags(model, captioned, output), *EAGER)
+    process = jobs.start("tune", *flags(model, captioned, output), *EAGER, env=QUICK)
     until(lambda: checkpoints(output))
     workers = [
         one
@@ -283,7 +283,7 @@ def test_killed_workers_and_a_killed_driver_go_on_and_nothing_finished_is_repeat
     (first,) = rows(output)
     assert first.status == "ok", first.error_message
     before = {path: path.stat().st_mtime_ns for path in (output / "adapters").rglob("*.safetensors")}
-    code, text = jobs.run("tune", *flags(model, captioned, output), *EAGER)
+    code, text = jobs.run("tune", *flags(model, captioned, output), *EAGER, env=QUICK)
     assert code == 0, text
     assert "1 done before, 1 to tune now" in text
     assert all(path.stat().st_mtime_ns == moment for path, moment in before.items() if first.adapter_id in str(path))
