@@ -27,9 +27,8 @@ demo: venv
 	    --transfer.actors 2
 	@echo 'Open $(DEMO)/transfer/run/report.html in a browser.'
 
-# Two processes, a file each: jobs wait more than they compute.
 test: venv
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest
 
 lint: venv
 	$(BIN)/ruff check .

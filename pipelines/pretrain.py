@@ -129,7 +129,7 @@ def _worker(config: dict[str, Any]) -> None:
             if isinstance(stage, DitStage):
                 save_pipeline(run.average.module.cpu(), stage.pool.vae.cpu(), work / "weights")
             else:
-                save_vae(run.average.module, work / "weights")
+                save_vae(run.average.module, work / "weights", clips=6 * stage.validation_clips)
             _upload(storage, work / "weights", _weights(settings))
 
 
@@ -150,6 +150,7 @@ def _stage(settings: PretrainSettings, storage: Storage, work: Path) -> VaeStage
             users = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
             stage = DitStage(vae, Path(settings.cache or users / "vmt" / "latents"), settings.seed)
     stage.phases = loop.scaled(stage.phases, settings.steps_scale)
+    stage.validation_clips = settings.validation_clips or stage.validation_clips
     return stage
 
 

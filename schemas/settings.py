@@ -286,6 +286,7 @@ class PretrainSettings(JobSettings):
         default=True, description="compile the transformer's blocks (needs a C++ compiler on the CPU)"
     )
     validate_every: PositiveInt = Field(default=250, description="steps")
+    validation_clips: PositiveInt | None = Field(default=None, description="held-out clips; empty: as many as is usual")
     checkpoint_minutes: PositiveFloat = Field(default=5, description="minutes between checkpoints")
     storage: StorageSettings = StorageSettings()
     ray: RaySettings = RaySettings()

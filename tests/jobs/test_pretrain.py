@@ -8,7 +8,15 @@ from diffusers import WanPipeline
 
 from support import jobs
 
-FEW = ["--steps-scale", "0.001", "--threads", 1, "--no-compile"]  # 1 + 1 + 1 steps of the autoencoder
+FEW = [
+    "--steps-scale",
+    "0.001",
+    "--threads",
+    1,
+    "--no-compile",
+    "--validation-clips",
+    1,
+]  # 1 + 1 + 1 steps of the autoencoder
 
 
 def steps(folder):

@@ -129,7 +129,7 @@ def test_killed_on_s3_the_same_command_goes_on(bucket):
     output = f"s3://{bucket}/world"
     command = ["--count", 60, "--output", output, "--rows-per-block", 5, "--render.actors", 1, *SMALL]
     process = jobs.start("synthesize", *command)
-    storage, deadline = Storage(), time.monotonic() + 90
+    storage, deadline = Storage(), time.monotonic() + 300
     while not any(name.endswith(".parquet") for name in storage.find(f"{output}/references")):
         assert time.monotonic() < deadline
         time.sleep(0.2)

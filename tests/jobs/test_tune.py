@@ -253,7 +253,7 @@ def same(found, wanted):
             assert abs(found[key][name] - value).max() < 1e-6, (key, name)
 
 
-def until(condition, seconds=90):
+def until(condition, seconds=300):
     end = time.monotonic() + seconds
     while not (found := condition()):
         assert time.monotonic() < end

@@ -33,7 +33,7 @@ def start(job, *args, env=None):
     )
 
 
-def run(job, *args, env=None, timeout=240):
+def run(job, *args, env=None, timeout=600):
     """Runs a job to its end; returns (exit code, what it printed)."""
     process = start(job, *args, env=env)
     try:

@@ -80,6 +80,7 @@ class DitStage:
 
     name = "dit"
     ema_decay = 0.999
+    validation_clips = 32
 
     def __init__(self, vae: AutoencoderKLWan, cache: Path, seed: int = 0, phases: tuple[Phase, ...] = PHASES) -> None:
         self.seed, self.phases = seed, phases
@@ -129,7 +130,7 @@ class DitStage:
         assert isinstance(module, DitLoss)
         device = next(module.parameters()).device
         size = self.phases[-1].clips[0][1:]
-        latents, seeds = self.pool.validation(size)
+        latents, seeds = self.pool.validation(size, self.validation_clips)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
         sigma = shifted(torch.linspace(0.05, 0.95, len(latents)), SHIFTS[-1])
         captions = [self._caption(seed, size) for seed in seeds]

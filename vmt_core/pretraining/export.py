@@ -16,15 +16,13 @@ from vmt_core.pretraining.vae import VaeLoss, pixels
 from vmt_core.world.render import render
 from vmt_core.world.sample import sample
 
-_CLIPS = 48  # that the latents' mean and standard deviation are measured on
 
-
-def save_vae(module: nn.Module, folder: Path) -> None:
-    """Writes the autoencoder in fp32, with the statistics of its latents in the configuration."""
+def save_vae(module: nn.Module, folder: Path, clips: int = 48) -> None:
+    """Writes the autoencoder in fp32, with the statistics of its latents, over some clips, in the configuration."""
     assert isinstance(module, VaeLoss)
     vae = module.vae.eval()
     if not module.decoder_only:  # else they are what they were
-        mean, std = latent_statistics(vae)
+        mean, std = latent_statistics(vae, clips)
         vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.save_pretrained(folder)
 
@@ -44,11 +42,11 @@ def save_pipeline(module: nn.Module, vae: AutoencoderKLWan, folder: Path) -> Non
 
 
 @torch.no_grad()
-def latent_statistics(vae: AutoencoderKLWan) -> tuple[list[float], list[float]]:
+def latent_statistics(vae: AutoencoderKLWan, clips: int) -> tuple[list[float], list[float]]:
     """Mean and standard deviation of each latent channel, over clips of the train split."""
     device = next(vae.parameters()).device
     latents: list[Tensor] = []
-    for index in range(_CLIPS):
+    for index in range(clips):
         clip = pixels(render(sample(20 * index, height=128, width=128))).unsqueeze(0).to(device)
         latents.append(vae.encode(clip).latent_dist.mode()[0].flatten(1))
     values = torch.cat(latents, 1)

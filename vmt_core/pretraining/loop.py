@@ -43,6 +43,7 @@ class Stage(Protocol):
     module: nn.Module
     phases: tuple[Phase, ...]
     ema_decay: float
+    validation_clips: int
 
     def optimizers(self) -> list[torch.optim.Optimizer]: ...
     def batch(self, step: int, rank: int) -> tuple[Tensor, ...]: ...

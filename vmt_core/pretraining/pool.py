@@ -48,18 +48,18 @@ class LatentPool:
             seeds.append(_seed(size, shard * CLIPS_A_SHARD + place))
         return torch.stack(rows).float(), seeds
 
-    def validation(self, size: Size) -> tuple[Tensor, list[int]]:
-        """A fixed shard of the validation split."""
-        return self._shard(size, -1).float(), [20 * index + 18 for index in range(CLIPS_A_SHARD)]
+    def validation(self, size: Size, clips: int) -> tuple[Tensor, list[int]]:
+        """The first clips of the validation split, always the same."""
+        seeds = [20 * index + 18 for index in range(clips)]
+        if (size, -clips) not in self.shards:
+            self.shards[size, -clips] = self._encode(size, seeds)
+        return self.shards[size, -clips].float(), seeds
 
     def _shard(self, size: Size, number: int) -> Tensor:
         if (size, number) not in self.shards:
             path = self.cache / "x".join(map(str, size)) / f"{number}.safetensors"
             if not path.exists():
-                seeds = [
-                    20 * place + 18 if number < 0 else _seed(size, number * CLIPS_A_SHARD + place)
-                    for place in range(CLIPS_A_SHARD)
-                ]
+                seeds = [_seed(size, number * CLIPS_A_SHARD + place) for place in range(CLIPS_A_SHARD)]
                 path.parent.mkdir(parents=True, exist_ok=True)
                 building = path.with_name(f".{path.name}.{os.getpid()}")
                 save_file({"latents": self._encode(size, seeds)}, building)

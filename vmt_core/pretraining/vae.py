@@ -75,6 +75,7 @@ class VaeStage:
 
     name = "vae"
     ema_decay = 0.998
+    validation_clips = 8
 
     def __init__(self, seed: int = 0, phases: tuple[Phase, ...] = PHASES) -> None:
         self.seed, self.phases = seed, phases
@@ -100,7 +101,10 @@ class VaeStage:
         logs: Logs = {}
         for frames in (1, 9, 17):
             clips = torch.stack(
-                [pixels(render(sample(20 * index + 18, height=96, width=96, frames=frames))) for index in range(8)]
+                [
+                    pixels(render(sample(20 * index + 18, height=96, width=96, frames=frames)))
+                    for index in range(self.validation_clips)
+                ]
             ).to(device)
             decoded = vae.decode(vae.encode(clips).latent_dist.mode()).sample.clamp(-1, 1)
             logs[f"psnr_{frames}"] = sum(

@@ -144,10 +144,9 @@ def few(tmp_path_factory):
     """A VAE of one training step, as `save_vae` writes it."""
     folder = tmp_path_factory.mktemp("vae")
     patch = pytest.MonkeyPatch()
-    patch.setattr(export, "_CLIPS", 3)
     run = Run(VaeStage(phases=(Phase(1, ((1, 5, 32, 32),), 1e-3),)))
     run.train_step()
-    export.save_vae(run.average.module, folder)
+    export.save_vae(run.average.module, folder, clips=3)
     patch.undo()
     return AutoencoderKLWan.from_pretrained(folder)
 
@@ -235,7 +234,7 @@ def test_the_pool_is_renewed_and_follows_from_the_step(few, small, tmp_path):
     torch.testing.assert_close(again, first.draw(Random(1), 8, 6, size, renew=2)[0])
     folder = next((tmp_path / "a").rglob("5x32x32"))
     assert len(list(folder.iterdir())) == 2  # older ones are gone
-    held, validation = first.validation(size)
+    held, validation = first.validation(size, 4)
     assert {split(seed) for seed in validation} == {"val"}
     assert len(held) == len(validation) == 4
 
