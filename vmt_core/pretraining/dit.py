@@ -26,18 +26,13 @@ CONFIG: dict[str, Any] = {
     "ffn_dim": 768,
     "num_layers": 8,
 }
-#: Words and shapes are learnt from single frames, five times as many scenes for the same work; motion from small clips; then the native
-#: size, other shapes and longer clips.
+#: Words are learnt from single frames, five times as many scenes for the same work; motion from small clips; then other shapes and longer
+#: clips; last and longest the native size, with as many single frames, from which outlines are learnt.
 PHASES = (
     Phase(1200, ((64, 1, 128, 128), (64, 1, 128, 128), (28, 1, 192, 192)), 1.0, warmup=100, decay_to=0.8, renew=3),
     Phase(1000, (*((16, 17, 128, 128),) * 5, (28, 1, 192, 192)), 0.9, warmup=50, decay_to=0.5, renew=20),
-    Phase(
-        1100,
-        (*((8, 17, 192, 192),) * 5, (8, 17, 160, 224), (8, 17, 224, 160), (4, 33, 192, 192)),
-        0.5,
-        decay_to=0.02,
-        renew=40,
-    ),
+    Phase(314, (*((8, 17, 192, 192),) * 5, (8, 17, 160, 224), (8, 17, 224, 160), (4, 33, 192, 192)), 0.5, renew=40),
+    Phase(2500, ((8, 17, 192, 192), (28, 1, 192, 192)), 0.8, warmup=100, decay_to=0.03, renew=60),
 )
 SHIFTS = (1.0, 3.0)  # of the noise levels, one drawn for each clip: at 3 places are learnt, at 1 outlines
 EMPTY_CAPTIONS = 0.1
