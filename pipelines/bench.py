@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines import evaluate, plan, suites, synthesize, transfer
+from pipelines import evaluate, plan, suites, synthesize, tables, transfer
 from pipelines.storage import Storage, join
 from schemas import (
     BenchSettings,
@@ -59,7 +59,9 @@ def run(settings: BenchSettings, say: Callable[[str], None] = print) -> dict[str
     summary = evaluate.run(measured, say)
     about = json.loads(storage.read(join(settings.output, "run", "summary.json")))
     about["title"] = f"Benchmark: {settings.suite}"
-    page = evaluate.page(measured, storage, about, settings.output)
+    rows = list(evaluate.read(measured, storage))
+    lines = tables.compare(rows, measured.baseline, measured.bootstrap)
+    page = evaluate.page(measured, storage, about, settings.output, rows, lines)
     storage.write(join(settings.output, "report.html"), page.encode())
     storage.write(join(settings.output, "comparison.csv"), storage.read(join(measured.output, "comparison.csv")))
     say(f"report  {join(settings.output, 'report.html')}")

@@ -12,7 +12,7 @@ import io
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -30,6 +30,7 @@ from pipelines.ledger import Ledger
 from pipelines.measure import COLUMNS, Measure, folder_of
 from pipelines.storage import Storage, join
 from schemas import EvaluateSettings, MetricRow, ResultRow, UsageError
+from vmt_core.metrics.noncommercial import NOTICE
 
 REPORT_ROWS = 5_000  # of the page, failures first
 _DRAWN = 500  # of those, the ones whose tracks can be drawn over the videos
@@ -79,7 +80,9 @@ def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[
         }.items():
             storage.write(join(settings.output, name), text.encode())
         title = {"title": "Evaluation", "finished_at": summary["finished_at"]}
-        storage.write(join(settings.output, "report.html"), page(settings, storage, title, settings.output).encode())
+        storage.write(
+            join(settings.output, "report.html"), page(settings, storage, title, settings.output, rows, lines).encode()
+        )
         sink = pa.BufferOutputStream()
         pq.write_table(pacsv.read_csv(io.BytesIO(tables.to_csv(lines).encode())), sink)
         storage.write(join(settings.output, "comparison.parquet"), sink.getvalue().to_pybytes())
@@ -92,21 +95,32 @@ def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[
             say(_line(line))
     if failed:
         say(f"{summary['failed']} without metrics: {progress.codes(failed)}")
+    for name, model in (("motion_fidelity", settings.cotracker), ("motion_smoothness", settings.amt)):
+        if model:
+            say(f"{name}: {NOTICE}")
     for name, reason in summary["absent"].items():
         say(f"{name}: not measured ({reason})")
     say(f"tables  {join(settings.output, 'comparison.md')}")
     return summary
 
 
-def page(settings: EvaluateSettings, storage: Storage, summary: Mapping[str, Any], output: str) -> str:
+def page(
+    settings: EvaluateSettings,
+    storage: Storage,
+    summary: Mapping[str, Any],
+    output: str,
+    rows: Sequence[MetricRow],
+    lines: Sequence[tables.Line],
+) -> str:
     """The report: the comparison of methods above a gallery of videos with their metrics.
 
     Args:
         summary: as `report.render` wants it.
         output: folder that the page is written to.
+        rows: that were measured.
+        lines: of their comparison.
     """
-    metrics = {(row.run, row.sample_id): row for row in read(settings, storage)}
-    lines = tables.compare(list(metrics.values()), settings.baseline, settings.bootstrap)
+    metrics = {(row.run, row.sample_id): row for row in rows}
     first = sorted(metrics.values(), key=lambda row: (row.status == "ok", row.reference_uri, row.prompt, row.seed))
     chosen = {(row.run, row.sample_id) for row in first[:REPORT_ROWS]}
     drawn = {(row.run, row.sample_id) for row in first[:_DRAWN]}

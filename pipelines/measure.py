@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -18,18 +20,20 @@ from pydantic import ValidationError
 
 from pipelines import models
 from pipelines.storage import Storage, StorageUnavailable, join
-from schemas import EvaluateSettings, MetricRow, RowError
+from schemas import EvaluateSettings, MeasuringSettings, MetricRow, RowError
 from vmt_core import video
-from vmt_core.metrics import encoders
+from vmt_core.metrics import encoders, noncommercial
 from vmt_core.metrics.motion import packed
 from vmt_core.metrics.suite import VERSIONS, Suite, Video
 from vmt_core.shapes import Frames
 from vmt_core.world import Scene
 
+T = TypeVar("T")
 _COMMON = (
     "sample_id", "method", "method_settings", "prompt", "seed", "category", "reference_uri", "reference_digest", "video_uri",
     "model", "model_revision", "evaluations",
 )  # fmt: skip
+_MOST_WEIGHTS = 2**30  # bytes of a file of weights
 _SECONDS = ("seconds_encode", "seconds_transfer", "seconds_finish")
 #: Columns of a result row that are needed.
 COLUMNS = (*_COMMON, *_SECONDS, "error_code", "error_message", "reference_video_uri", "frames", "height", "width", "fps",
@@ -38,7 +42,7 @@ COLUMNS = (*_COMMON, *_SECONDS, "error_code", "error_message", "reference_video_
 
 def suite_of(settings: EvaluateSettings) -> str:
     """What decides the values: versions of the metrics, and the models; JSON."""
-    given = {name: getattr(settings, name) for name in ("clip", "dino", "aesthetic_clip", "aesthetic_head")}
+    given = {name: getattr(settings, name) for name in MeasuringSettings.model_fields}
     return json.dumps({"metrics": VERSIONS, "models": given}, sort_keys=True)
 
 
@@ -59,7 +63,9 @@ class Measure:
             clip=self._clip(settings.clip),
             dino=encoders.Dino(models.local(settings.dino, self.storage), settings.device) if settings.dino else None,
             aesthetic_clip=self._clip(settings.aesthetic_clip),
-            aesthetic_head=self._head(settings.aesthetic_head),
+            aesthetic_head=self._from_file(encoders.AestheticHead, settings.aesthetic_head),
+            cotracker=self._from_file(partial(noncommercial.CoTracker, device=settings.device), settings.cotracker),
+            amt=self._from_file(partial(noncommercial.Amt, device=settings.device), settings.amt),
         )
 
     def __call__(self, table: pa.Table) -> pa.Table:
@@ -115,12 +121,12 @@ class Measure:
     def _clip(self, model: str | None) -> encoders.Clip | None:
         return encoders.Clip(models.local(model, self.storage), self.settings.device) if model else None
 
-    def _head(self, uri: str | None) -> encoders.AestheticHead | None:
+    def _from_file(self, load: Callable[[Path], T], uri: str | None) -> T | None:
         if uri is None:
             return None
         with tempfile.TemporaryDirectory(prefix="vmt-") as folder:
-            self.storage.fetch(uri, Path(folder) / "head.safetensors", most_bytes=2**24)
-            return encoders.AestheticHead(Path(folder) / "head.safetensors")
+            self.storage.fetch(uri, Path(folder) / "weights.safetensors", most_bytes=_MOST_WEIGHTS)
+            return load(Path(folder) / "weights.safetensors")
 
 
 def _scene(row: dict[str, Any], tags: dict[str, str]) -> Scene | None:

@@ -66,6 +66,6 @@ def local(model: str, storage: Storage) -> str:
 
 def _objects(model: str, storage: Storage) -> dict[str, dict[str, object]]:
     objects = {name: info for name, info in storage.details(model).items() if name.endswith(_WEIGHTS)}
-    if "model_index.json" not in objects:
-        raise FileNotFoundError(f"{model}: no model_index.json below it, so no model in diffusers layout")
+    if not {"model_index.json", "config.json"} & set(objects):
+        raise FileNotFoundError(f"{model}: no model_index.json (diffusers) or config.json (transformers) below it")
     return objects

@@ -267,6 +267,8 @@ class MetricRow(Row):
     subject_consistency: float | None = None
     background_consistency: float | None = None
     aesthetic_quality: float | None = None
+    motion_fidelity: float | None = None
+    motion_smoothness: float | None = None
     exact: bool = Field(default=False, description="the reference's motion is known exactly")
     tracks: str | None = Field(
         default=None, description="of some points, for the eye: see vmt_core.metrics.motion.packed"

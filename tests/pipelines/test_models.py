@@ -62,6 +62,16 @@ def test_processes_of_a_node_wait_for_the_first(prefix, fetched):
     assert len(fetched) == len(FILES)
 
 
+def test_an_encoder_in_the_layout_of_transformers_is_a_model_too(bucket, cache):
+    files = {"config.json": b"{}", "model.safetensors": b"weights", "tokenizer.json": b"{}"}
+    for name, bytes_ in files.items():
+        Storage().write(f"s3://{bucket}/clip/{name}", bytes_)
+    assert content(models.local(f"s3://{bucket}/clip", Storage())) == files
+    Storage().write(f"s3://{bucket}/nothing/weights.safetensors", b"weights")
+    with pytest.raises(FileNotFoundError, match="no model_index.json"):
+        models.local(f"s3://{bucket}/nothing", Storage())
+
+
 def test_a_download_that_breaks_is_not_taken_for_whole(prefix, monkeypatch, cache):
     fetch = Storage.fetch
 

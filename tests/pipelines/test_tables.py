@@ -110,6 +110,16 @@ def test_every_format_says_the_same():
     assert "*FastVMT, published*" in paper and "0.7471" in paper and "not comparable in absolute terms" in paper
 
 
+def test_columns_of_the_paper_are_by_flow_only_where_the_papers_models_were_not_given():
+    lines = tables.compare([row("none", n, motion_matched=0.25, smoothness=0.5) for n in range(3)], "none")
+    paper = tables.papers_shape(lines)
+    assert "| none |  | 0.25 |" in paper and paper.splitlines()[2].endswith("| 0.5 |")
+    assert "motion_fidelity is motion_matched by optical flow and motion_smoothness is smoothness" in paper
+    rows = [row("none", n, motion_matched=0.25, smoothness=0.5, motion_fidelity=0.75) for n in range(3)]
+    paper = tables.papers_shape(tables.compare(rows, "none"))
+    assert "| none |  | 0.75 |" in paper and "motion_matched" not in paper and "is smoothness by" in paper
+
+
 def test_nothing_measured_is_an_empty_table():
     assert tables.compare([], "none") == []
     assert tables.to_csv([]).startswith("method,category,made,failed")

@@ -12,7 +12,7 @@ from functools import cached_property
 
 from torch import Tensor
 
-from vmt_core.metrics import encoders, flow, leak, motion
+from vmt_core.metrics import encoders, flow, leak, motion, noncommercial
 from vmt_core.metrics.motion import Positions, Visible
 from vmt_core.shapes import Frames
 from vmt_core.world import Scene, tracks
@@ -34,7 +34,11 @@ MODELS = {
     "background_consistency": 1,  # VBench, CLIP
     "aesthetic_quality": 1,  # VBench, CLIP ViT-L/14 and LAION's head
 }
-VERSIONS = CORE | MODELS
+NON_COMMERCIAL = {
+    "motion_fidelity": 1,  # Yatim et al., CoTracker
+    "motion_smoothness": 1,  # VBench, AMT
+}
+VERSIONS = CORE | MODELS | NON_COMMERCIAL
 
 
 @dataclass
@@ -73,6 +77,8 @@ class Suite:
     dino: encoders.Dino | None = None
     aesthetic_clip: encoders.Clip | None = None
     aesthetic_head: encoders.AestheticHead | None = None
+    cotracker: noncommercial.CoTracker | None = None
+    amt: noncommercial.Amt | None = None
 
     def measure(self, video: Video) -> tuple[dict[str, float], dict[str, str]]:
         """Values by name, and for each that there is none of, why."""
@@ -113,6 +119,8 @@ class Suite:
             "subject_consistency": (dino, self._subject_consistency),
             "background_consistency": (clip, self._background_consistency),
             "aesthetic_quality": (head, self._aesthetic_quality),
+            "motion_fidelity": ("" if self.cotracker else "no CoTracker was given", self._motion_fidelity),
+            "motion_smoothness": ("" if self.amt else "no AMT was given", self._motion_smoothness),
         }
 
     def _images(self, video: Video) -> encoders.Features:
@@ -134,3 +142,11 @@ class Suite:
     def _aesthetic_quality(self, video: Video) -> float:
         assert self.aesthetic_clip is not None and self.aesthetic_head is not None
         return self.aesthetic_head.score(self.aesthetic_clip.images(video.frames, antialias=False))
+
+    def _motion_fidelity(self, video: Video) -> float:
+        assert self.cotracker is not None
+        return noncommercial.fidelity(self.cotracker.tracks(video.frames), self.cotracker.tracks(video.reference))
+
+    def _motion_smoothness(self, video: Video) -> float:
+        assert self.amt is not None
+        return self.amt.smoothness(video.frames)
