@@ -26,7 +26,7 @@ def tiny(folder):
 
 
 @pytest.fixture
-def fresh(folder):
+def wan(folder):
     """The tiny Wan in fp32, for a test that adds adapters to it."""
     return Backbone.load(str(folder), dtype=torch.float32)
 

@@ -226,7 +226,7 @@ def adapter(folder):
     return found
 
 
-def test_an_adapted_video_is_that_of_a_plain_pipeline_with_the_exported_files(fresh, folder, adapter, tmp_path):
+def test_an_adapted_video_is_that_of_a_plain_pipeline_with_the_exported_files(wan, folder, adapter, tmp_path):
     for stage, weights in adapter.items():
         masked_lora.write(weights, tmp_path / f"{stage}.safetensors", rank=2, alpha=2)
     pipeline = WanPipeline.from_pretrained(folder)
@@ -240,31 +240,31 @@ def test_an_adapted_video_is_that_of_a_plain_pipeline_with_the_exported_files(fr
         prompt="a red ball", negative_prompt="", height=48, width=64, num_frames=9, num_inference_steps=4, guidance_scale=4.0,
         latents=noise(5, shape)[0].unsqueeze(0), output_type="latent", return_dict=False,
     )[0]  # fmt: skip
-    artifact = Artifact(torch.zeros(shape), fresh.caption(""))
-    arguments = [artifact], [fresh.caption("a red ball")], [fresh.caption("")], [5]
-    plain = MotionTransfer(fresh, METHODS["none"](), SAMPLING).denoise(*arguments).latents
-    ours = MotionTransfer(fresh, TUNED, SAMPLING, adapter).denoise(*arguments).latents
+    artifact = Artifact(torch.zeros(shape), wan.caption(""))
+    arguments = [artifact], [wan.caption("a red ball")], [wan.caption("")], [5]
+    plain = MotionTransfer(wan, METHODS["none"](), SAMPLING).denoise(*arguments).latents
+    ours = MotionTransfer(wan, TUNED, SAMPLING, adapter).denoise(*arguments).latents
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert not torch.allclose(ours, plain, atol=1e-2)
     assert torch.equal(
-        MotionTransfer(fresh, METHODS["none"](), SAMPLING).denoise(*arguments).latents, plain
+        MotionTransfer(wan, METHODS["none"](), SAMPLING).denoise(*arguments).latents, plain
     )  # all off again
 
 
-def test_a_method_may_be_tuned_and_guided(fresh, adapter):
+def test_a_method_may_be_tuned_and_guided(wan, adapter):
     both = METHODS["follow_your_motion"](
         preset="nano", adapter={"tuning": {"rank": 2, "alpha": 2}}, objective={"block": 1}, guidance={"span": 0.5}
     )
-    transfer = MotionTransfer(fresh, both, SAMPLING, adapter)
+    transfer = MotionTransfer(wan, both, SAMPLING, adapter)
     artifact = transfer.prepare(clip())
-    made = transfer.denoise([artifact], [fresh.caption("a red ball")], [fresh.caption("")], [0])
+    made = transfer.denoise([artifact], [wan.caption("a red ball")], [wan.caption("")], [0])
     assert made.logs[0].evaluations == 8
-    alone = MotionTransfer(fresh, TUNED, SAMPLING, adapter)
-    assert alone.denoise([artifact], [fresh.caption("a red ball")], [fresh.caption("")], [0]).logs[0].evaluations == 0
+    alone = MotionTransfer(wan, TUNED, SAMPLING, adapter)
+    assert alone.denoise([artifact], [wan.caption("a red ball")], [wan.caption("")], [0]).logs[0].evaluations == 0
 
 
-def test_an_adapter_is_wanted_where_it_is_needed_and_nowhere_else(fresh, adapter):
+def test_an_adapter_is_wanted_where_it_is_needed_and_nowhere_else(wan, adapter):
     with pytest.raises(ValueError, match="follow_your_motion needs an adapter that was tuned on the reference"):
-        MotionTransfer(fresh, TUNED, SAMPLING)
+        MotionTransfer(wan, TUNED, SAMPLING)
     with pytest.raises(ValueError, match="none has no use for an adapter"):
-        MotionTransfer(fresh, METHODS["none"](), SAMPLING, adapter)
+        MotionTransfer(wan, METHODS["none"](), SAMPLING, adapter)

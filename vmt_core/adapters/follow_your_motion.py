@@ -33,7 +33,7 @@ from vmt_core.backbone.sampler import shifted
 from vmt_core.backbone.taps import checkpointed
 from vmt_core.backbone.wan import Backbone
 from vmt_core.shapes import Frames, Latents, Text
-from vmt_core.tuning import Batch, Logs
+from vmt_core.tuning import Batch, Logs, Schedule
 
 VALIDATION_SIGMAS = (0.9, 0.7, 0.5, 0.3)
 
@@ -158,16 +158,23 @@ class VelocityLoss(nn.Module):
         return predicted.float(), noise - latents
 
 
-class SpatialTask:
-    """Appearance: random single frames, as images."""
+class _Stage:
+    """What both stages hold."""
 
-    name = "spatial"
+    name: str
 
     def __init__(
         self, transformer: WanTransformer3DModel, prepared: Prepared, settings: FollowYourMotion, text: Tensor
     ) -> None:
-        self.settings, self.schedule, self.prepared, self.text = settings, settings.spatial, prepared, text
+        self.settings, self.prepared, self.text = settings, prepared, text
+        self.schedule: Schedule = getattr(settings, self.name)
         self.module = VelocityLoss(transformer, settings)
+
+
+class SpatialTask(_Stage):
+    """Appearance: random single frames, as images."""
+
+    name = "spatial"
 
     def batch(self, draw: int) -> Batch:
         generator = torch.Generator().manual_seed(2 * draw)
@@ -182,16 +189,10 @@ class SpatialTask:
         return _validation(self.module, self.prepared.frames[picked].unsqueeze(2), self.text)
 
 
-class TemporalTask:
+class TemporalTask(_Stage):
     """Motion: the whole clip seen through a few of its frames."""
 
     name = "temporal"
-
-    def __init__(
-        self, transformer: WanTransformer3DModel, prepared: Prepared, settings: FollowYourMotion, text: Tensor
-    ) -> None:
-        self.settings, self.schedule, self.prepared, self.text = settings, settings.temporal, prepared, text
-        self.module = VelocityLoss(transformer, settings)
 
     def batch(self, draw: int) -> Batch:
         generator = torch.Generator().manual_seed(2 * draw + 1)

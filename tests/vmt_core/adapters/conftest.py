@@ -3,15 +3,8 @@
 import pytest
 import torch
 
-from vmt_core import Backbone
 from vmt_core.adapters.follow_your_motion import prepare
 from vmt_core.world import render, sample
-
-
-@pytest.fixture
-def wan(folder):
-    """3 blocks of 2 heads x 24, fp32, fresh."""
-    return Backbone.load(str(folder), dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")
