@@ -29,6 +29,7 @@ from pipelines.cluster import RunFailed
 from pipelines.progress import duration
 from pipelines.storage import Storage, absolute, describe, join
 from schemas import PretrainSettings, StageSettings, UsageError
+from vmt_core.backbone.weights import locate
 from vmt_core.pretraining import loop
 from vmt_core.pretraining.dit import DitStage
 from vmt_core.pretraining.export import save_pipeline, save_vae
@@ -52,8 +53,19 @@ def run(settings: PretrainSettings, say: Callable[[str], None] = print) -> None:
         )
     if settings.resume and not begun:
         raise UsageError(f"--output {settings.output}: has no checkpoint of stage {settings.stage} to --resume")
-    if settings.stage != "vae" and not storage.exists(join(settings.output, "vae", "weights", "config.json")):
+    if settings.start and settings.stage != "dit":
+        raise UsageError(f"--start {settings.start}: only the dit stage can start from a model")
+    if (
+        settings.stage != "vae"
+        and not settings.start
+        and not storage.exists(join(settings.output, "vae", "weights", "config.json"))
+    ):
         raise UsageError(f"--output {settings.output}: has no trained autoencoder; run --stage vae first")
+    if settings.start:
+        try:
+            settings = settings.model_copy(update={"start": str(locate(settings.start).absolute())})
+        except FileNotFoundError as error:
+            raise UsageError(f"--start {error}") from error
     filesystem, path = storage.arrow(absolute(settings.output))
     gpu = settings.device == "cuda"
     pool = StageSettings(actors=settings.workers, gpus=float(gpu))
@@ -138,17 +150,24 @@ def _stage(settings: PretrainSettings, storage: Storage, work: Path) -> VaeStage
     if settings.stage == "vae":
         stage = VaeStage(settings.seed)
     else:
-        weights = join(settings.output, "vae", "weights")
-        for name in storage.details(weights):
-            target = work / "vae" / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            target.write_bytes(storage.read(join(weights, name)))
-        vae = AutoencoderKLWan.from_pretrained(work / "vae", use_safetensors=True).to(settings.device)
+        if settings.start:
+            vae_folder = Path(settings.start, "vae")
+        else:
+            vae_folder, weights = work / "vae", join(settings.output, "vae", "weights")
+            for name in storage.details(weights):
+                target = vae_folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                target.write_bytes(storage.read(join(weights, name)))
+        vae = AutoencoderKLWan.from_pretrained(vae_folder, use_safetensors=True, dtype=torch.float32).to(
+            settings.device
+        )
         if settings.stage == "decoder":
             stage = DecoderStage(vae, settings.seed)
         else:
             users = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
             stage = DitStage(vae, Path(settings.cache or users / "vmt" / "latents"), settings.seed)
+            if settings.start:
+                stage.start_from(Path(settings.start))
     stage.phases = loop.scaled(stage.phases, settings.steps_scale)
     stage.validation_clips = settings.validation_clips or stage.validation_clips
     return stage

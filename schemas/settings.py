@@ -95,7 +95,10 @@ class PlanSettings(ModelSettings):
     methods: CommaStrings = Field(default=("fastvmt",), description="methods, comma separated")
     seeds: CommaInts = Field(default=(0,), description="seeds, comma separated")
     output: str = Field(description="folder or prefix of the manifest to write")
-    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="precision of the transformer")
+    dtype: Literal["bfloat16", "float32"] | None = Field(
+        default=None,
+        description="precision of the transformer; empty: bfloat16, or of wan-nano what this CPU computes faster in",
+    )
     method_settings: dict[str, dict[str, Any]] = Field(
         default_factory=dict, description="overrides by method, e.g. {fastvmt: {guidance: {inner: 5}}} (YAML only)"
     )
@@ -148,16 +151,25 @@ class TransferSettings(JobSettings):
     stages: str = Field(default="pipelines.stages", description="module of the stage actors; benchmarks replace it")
 
 
-class EvaluateSettings(JobSettings):
+class MeasuringSettings(JobSettings):
+    """Base of the jobs that measure: models of the metrics that need some. Without one, its metrics have no values, and rows say so."""
+
+    clip: str | None = Field(default=None, description="CLIP (folder, hub id, s3:// prefix), for text similarity")
+    dino: str | None = Field(default=None, description="DINO ViT-B/16, for subject consistency")
+    aesthetic_clip: str | None = Field(default=None, description="CLIP ViT-L/14, for aesthetic quality")
+    aesthetic_head: str | None = Field(default=None, description="LAION's linear head, a safetensors file")
+    cotracker: str | None = Field(
+        default=None, description="CoTracker 3, a safetensors file, for motion fidelity; non-commercial"
+    )
+    amt: str | None = Field(default=None, description="AMT-S, a safetensors file, for smoothness; non-commercial")
+
+
+class EvaluateSettings(MeasuringSettings):
     """Results of runs -> metrics of every video, tables of methods. Run it again to measure only what is new."""
 
     run: list[str] = Field(min_length=1, description="output of a transfer; may be given several times")
     output: str = Field(description="folder or prefix for metrics/ and the tables")
     baseline: str = Field(default="none", description="method that differences are to")
-    clip: str | None = Field(default=None, description="CLIP (folder, hub id, s3:// prefix), for text similarity")
-    dino: str | None = Field(default=None, description="DINO ViT-B/16, for subject consistency")
-    aesthetic_clip: str | None = Field(default=None, description="CLIP ViT-L/14, for aesthetic quality")
-    aesthetic_head: str | None = Field(default=None, description="LAION's linear head, a safetensors file")
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="where the encoders run")
     measure: StageSettings = StageSettings(actors=2)
     rows_per_block: PositiveInt = Field(default=32, description="videos that are committed together")
@@ -168,7 +180,7 @@ class EvaluateSettings(JobSettings):
     progress_s: PositiveFloat = Field(default=5, description="seconds between progress lines")
 
 
-class BenchSettings(ModelSettings):
+class BenchSettings(ModelSettings, MeasuringSettings):
     """Plan, tune, transfer, evaluate and report in one command. Run it again to go on."""
 
     suite: Literal["procedural", "folder"] = Field(
@@ -189,10 +201,6 @@ class BenchSettings(ModelSettings):
     sweep: dict[str, dict[str, list[Any]]] = Field(default_factory=dict, description="as in plan (YAML only)")
     steps: PositiveInt | None = Field(default=None, description="denoising steps; empty: the model's own")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where a stage has GPUs")
-    clip: str | None = Field(default=None, description="CLIP, as in evaluate")
-    dino: str | None = Field(default=None, description="DINO, as in evaluate")
-    aesthetic_clip: str | None = Field(default=None, description="CLIP ViT-L/14, as in evaluate")
-    aesthetic_head: str | None = Field(default=None, description="LAION's linear head, as in evaluate")
     encode: StageSettings = StageSettings()
     transfer: DenoiseSettings = DenoiseSettings()
     finish: StageSettings = StageSettings()
@@ -269,6 +277,10 @@ class PretrainSettings(JobSettings):
     )
     output: str = Field(
         default="out/pretrain", description="folder or prefix for checkpoints, logs and the exported model"
+    )
+    start: str | None = Field(
+        default=None,
+        description="dit: a model whose weights are trained on, wan-nano or a local folder; empty: from random ones",
     )
     minutes: PositiveFloat = Field(default=60, description="stop after this long, with a checkpoint")
     resume: bool = Field(default=False, description="go on from the stage's last checkpoint")

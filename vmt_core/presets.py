@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from vmt_core.backbone import nano
+from vmt_core.precision import fast_dtype
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,22 @@ class Native:
     shift: float
     guidance_scale: float
     preset: str  # of the methods
+    dtype: str  # of the transformer
 
 
-WAN = Native(480, 832, 81, 16.0, steps=50, shift=5.0, guidance_scale=5.0, preset="default")
-NANO = Native(192, 192, 17, 12.0, steps=20, shift=3.0, guidance_scale=4.0, preset="nano")
+WAN = Native(480, 832, 81, 16.0, steps=50, shift=5.0, guidance_scale=5.0, preset="default", dtype="bfloat16")
+#: Runs on the CPU that it is planned on.
+NANO = Native(
+    192,
+    192,
+    17,
+    12.0,
+    steps=20,
+    shift=3.0,
+    guidance_scale=4.0,
+    preset="nano",
+    dtype=str(fast_dtype()).removeprefix("torch."),
+)
 
 
 def native(model: str) -> Native:

@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 from vmt_core.backbone import taps
 from vmt_core.backbone.geometry import Geometry, Tap
 from vmt_core.backbone.weights import locate
+from vmt_core.precision import fast_dtype
 from vmt_core.shapes import Frames, LatentBatch, Latents, Text, TextBatch
 
 Part = Literal["transformer", "vae", "text"]
@@ -45,10 +46,13 @@ class Backbone:
         *,
         parts: Sequence[Part] = ALL_PARTS,
         device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.bfloat16,
+        dtype: torch.dtype | None = None,
         checkpoint_policy: taps.CheckpointName = "selective",
     ) -> Backbone:
         """Loads the parts of a model in diffusers layout; weights are frozen and in eval mode.
+
+        Args:
+            dtype: of the transformer and the text encoder; by default what the device computes fastest in.
 
         Raises:
             FileNotFoundError: no such folder, or it lacks a part.
@@ -56,6 +60,7 @@ class Backbone:
         """
         path = locate(model)
         device = torch.device(device)
+        dtype = dtype or fast_dtype(device)
         self = cls(path, device, dtype, checkpoint_policy)
         safe: dict[str, Any] = {"use_safetensors": True}
         if "transformer" in parts:

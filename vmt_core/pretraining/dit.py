@@ -9,13 +9,17 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, cross_entropy, max_pool2d
 from transformers import UMT5Config, UMT5EncoderModel
 
 from vmt_core.backbone.sampler import shifted
+from vmt_core.precision import autocast
 from vmt_core.pretraining.loop import Logs, Phase, phase_at
+from vmt_core.pretraining.muon import Muon
 from vmt_core.pretraining.pool import LatentPool, Size
 from vmt_core.pretraining.text import TEXT_CONFIG, tokenizer
 from vmt_core.world.captions import appearance
+from vmt_core.world.judge import KINDS
 from vmt_core.world.sample import sample
 
 CONFIG: dict[str, Any] = {
@@ -29,40 +33,66 @@ CONFIG: dict[str, Any] = {
 #: Words are learnt from single frames, five times as many scenes for the same work; motion from small clips; then other shapes and longer
 #: clips; last and longest the native size, with as many single frames, from which outlines are learnt.
 PHASES = (
-    Phase(1200, ((64, 1, 128, 128), (64, 1, 128, 128), (28, 1, 192, 192)), 1.0, warmup=100, decay_to=0.8, renew=3),
+    Phase(1200, ((64, 1, 128, 128), (64, 1, 128, 128), (28, 1, 192, 192)), 1.0, warmup=100, decay_to=0.8, renew=24),
     Phase(1000, (*((16, 17, 128, 128),) * 5, (28, 1, 192, 192)), 0.9, warmup=50, decay_to=0.5, renew=20),
     Phase(314, (*((8, 17, 192, 192),) * 5, (8, 17, 160, 224), (8, 17, 224, 160), (4, 33, 192, 192)), 0.5, renew=40),
     Phase(2500, ((8, 17, 192, 192), (28, 1, 192, 192)), 0.8, warmup=100, decay_to=0.03, renew=60),
 )
+#: Of a model that has seen the others: mostly single frames, then mostly clips.
+MORE_PHASES = (
+    Phase(900, (*((28, 1, 192, 192),) * 3, (8, 17, 192, 192)), 0.6, warmup=100, decay_to=0.7, renew=60),
+    Phase(1000, ((28, 1, 192, 192), *((8, 17, 192, 192),) * 2), 0.5, warmup=20, decay_to=0.03, renew=60),
+)
 SHIFTS = (1.0, 3.0)  # of the noise levels, one drawn for each clip: at 3 places are learnt, at 1 outlines
+CHEAPER = 8  # times as often do new single frames join, which cost so much less than clips
 EMPTY_CAPTIONS = 0.1
 LONG_CAPTIONS = 1 / 16  # of the steps of clips are padded as in Wan, so that padding is learnt to mean nothing
 SHORT_LENGTH, WAN_LENGTH = 24, 512
+BODIES = 4.0  # weight of errors at tokens next to a body, at noise levels at which its place can be known
+PLACED = 0.75
+NAMING = 0.1  # weight of the cross-entropy of the kinds named
+NAMED_BLOCK = 4
 ADAMW_RATE, MUON_RATE = 1.2e-3, 2e-3
 
 
 class DitLoss(nn.Module):
-    """Flow matching: mean squared error of the velocity, noise - latents."""
+    """Flow matching: mean squared error of the velocity, noise - latents.
+
+    Two things make it see shapes, which are a small part of that error: errors near bodies count more, and a head that is not shipped
+    names the kind of body at each token from features of the middle (as in REPA, arXiv 2410.06940, with the world's truth as teacher).
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.transformer = WanTransformer3DModel(**CONFIG)
         self.text = UMT5EncoderModel(UMT5Config(**TEXT_CONFIG))
+        self.namer = nn.Linear(self.transformer.proj_out.in_features, len(KINDS))
 
-    def forward(self, latents: Tensor, noise: Tensor, sigma: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Logs]:
-        """latents, noise (B, 16, F, H, W); sigma (B,) in (0, 1); ids, mask (B, tokens)."""
-        squared = self.errors(latents, noise, sigma, ids, mask)
-        return squared.mean(), {"loss_clean_half": squared[sigma < 0.75].mean().item() if (sigma < 0.75).any() else 0.0}
+    def forward(
+        self, latents: Tensor, noise: Tensor, sigma: Tensor, ids: Tensor, mask: Tensor, kinds: Tensor
+    ) -> tuple[Tensor, Logs]:
+        """latents, noise (B, 16, F, H, W); sigma (B,) in (0, 1); ids, mask (B, tokens); kinds (B, F, H/2, W/2), see `pool.seen`."""
+        features: list[Tensor] = []
+        middle = self.transformer.blocks[NAMED_BLOCK]
+        with middle.register_forward_hook(lambda _, __, output: features.append(output)):
+            squared = self.errors(latents, noise, sigma, ids, mask)
+        near = max_pool2d((kinds > 0).float(), 3, stride=1, padding=1)
+        weight = 1 + (BODIES - 1) * near * (sigma < PLACED).view(-1, 1, 1, 1)
+        loss = (weight * squared).sum() / weight.sum()
+        naming = cross_entropy(self.namer(features[0].float()).mT, kinds.flatten(1).long())
+        clean = squared.detach().flatten(1).mean(1)[sigma < PLACED]
+        logs = {"loss_clean": clean.mean().item() if len(clean) else 0.0, "naming": naming.item()}
+        return loss + NAMING * naming, {"velocity": squared.mean().item(), **logs}
 
     def errors(self, latents: Tensor, noise: Tensor, sigma: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Mean squared error of each clip, (B,)."""
+        """Mean squared error of each token, (B, F, H/2, W/2)."""
         s = sigma.view(-1, 1, 1, 1, 1)
         noisy = (1 - s) * latents + s * noise
-        with torch.autocast(latents.device.type, torch.bfloat16):
+        with autocast(latents.device):
             text = self.text(ids, mask).last_hidden_state * mask.unsqueeze(-1)  # zeros where Wan has zeros
             velocity = self.transformer(noisy, 1000 * sigma, text, return_dict=False)[0]
         error: Tensor = velocity.float() - (noise - latents)
-        return error.square().flatten(1).mean(1)
+        return avg_pool2d(error.square().mean(1), 2)
 
 
 class DitStage:
@@ -92,15 +122,22 @@ class DitStage:
             inside = name.startswith("transformer.blocks.") and parameter.ndim == 2
             (matrices if inside else rest).append(parameter)
         return [
-            torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
+            Muon(matrices, lr=MUON_RATE, weight_decay=0.01),
             torch.optim.AdamW(rest, lr=ADAMW_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True),
         ]
+
+    def start_from(self, model: Path) -> None:
+        """Takes the weights of a model in diffusers layout and trains on by `MORE_PHASES`."""
+        safe: dict[str, Any] = {"use_safetensors": True, "dtype": torch.float32}
+        self.module.transformer = WanTransformer3DModel.from_pretrained(model, subfolder="transformer", **safe)
+        self.module.text = UMT5EncoderModel.from_pretrained(model, subfolder="text_encoder", **safe)
+        self.phases = MORE_PHASES
 
     def compile(self) -> None:
         """A third faster on a CPU; each size of batch is compiled once."""
         torch._dynamo.config.recompile_limit = 64
         for block in self.module.transformer.blocks:
-            block.compile(dynamic=False)
+            block.forward = torch.compile(block.forward, dynamic=False)  # hooks stay outside
 
     def batch(self, step: int, rank: int) -> tuple[Tensor, ...]:
         random = Random(f"dit {self.seed} {step} {rank}")
@@ -108,12 +145,13 @@ class DitStage:
         phase, within = phase_at(self.phases, step)
         count, frames, height, width = random.choice(phase.clips)
         size = (frames, height, width)
-        latents, seeds = self.pool.draw(random, within, count, size, renew=phase.renew)
+        renew = phase.renew if frames > 1 else max(1, phase.renew // CHEAPER)
+        latents, kinds, seeds = self.pool.draw(random, within, count, size, renew=renew)
         shift = torch.tensor([random.choice(SHIFTS) for _ in range(count)])
         sigma = shifted(torch.randn(count, generator=generator).sigmoid(), shift)
         length = WAN_LENGTH if frames > 1 and random.random() < LONG_CAPTIONS else SHORT_LENGTH
         captions = ["" if random.random() < EMPTY_CAPTIONS else self._caption(seed, size, random) for seed in seeds]
-        return latents, torch.randn(latents.shape, generator=generator), sigma, *self.tokens(captions, length)
+        return latents, torch.randn(latents.shape, generator=generator), sigma, *self.tokens(captions, length), kinds
 
     def tokens(self, captions: list[str], length: int) -> tuple[Tensor, Tensor]:
         """Ids and mask, (B, length) each."""

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKLWan
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanResample
 from torch import Tensor, nn
 
+from vmt_core.precision import autocast
 from vmt_core.pretraining.loop import Logs, Phase, phase_at
 from vmt_core.world.render import centres, render
 from vmt_core.world.sample import sample
@@ -57,7 +58,7 @@ class VaeLoss(nn.Module):
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Logs]:
         """(B, 3, T, H, W) in [-1, 1]."""
-        with torch.autocast(pixels.device.type, torch.bfloat16):
+        with autocast(pixels.device):
             with torch.set_grad_enabled(not self.decoder_only):
                 posterior = self.vae.encode(pixels).latent_dist
             decoded = self.vae.decode(posterior.sample()).sample.float()

@@ -22,7 +22,7 @@ from torch.nn.functional import avg_pool2d, cross_entropy, interpolate
 from vmt_core.shapes import Frames
 from vmt_core.world.render import render
 from vmt_core.world.sample import sample
-from vmt_core.world.spec import BACKGROUNDS, COLOURS, LIGHTER, Pattern, Scene, ShapeName
+from vmt_core.world.spec import BACKGROUNDS, COLOURS, LIGHTER, Body, Pattern, Scene, ShapeName
 
 KINDS = ("none", *get_args(ShapeName), "figure", "pendulum")
 PATTERNS = get_args(Pattern)
@@ -96,11 +96,16 @@ def centre_path(clip: Frames) -> Float[Tensor, "frames 2"]:
     return path
 
 
+def kind_of(body: Body) -> int:
+    """Place in KINDS."""
+    return KINDS.index(body.shape if body.kind == "object" else body.kind)
+
+
 def answer(scene: Scene) -> Int[Tensor, " colours_plus_2"]:
     """What is right: the kind of each colour, then the pattern and the background's colour, as indices."""
     kinds = [0] * len(COLOURS)
     for body in scene.bodies:
-        kinds[list(COLOURS).index(body.colour)] = KINDS.index(body.shape if body.kind == "object" else body.kind)
+        kinds[list(COLOURS).index(body.colour)] = kind_of(body)
     return torch.tensor([*kinds, PATTERNS.index(scene.background.pattern), GROUNDS.index(scene.background.colour)])
 
 

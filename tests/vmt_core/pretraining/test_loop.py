@@ -10,10 +10,14 @@ from torch import nn
 
 from vmt_core import Backbone
 from vmt_core.pretraining import export, loop, pool
-from vmt_core.pretraining.dit import DitStage
+from vmt_core.pretraining.dit import BODIES, NAMED_BLOCK, NAMING, DitLoss, DitStage
 from vmt_core.pretraining.loop import Phase, Run
 from vmt_core.pretraining.vae import VaeStage, crop, look_at_one_frame, pixels
-from vmt_core.world import render, sample, split
+from vmt_core.world import Scene, render, sample, split
+from vmt_core.world.judge import KINDS
+from vmt_core.world.render import masks
+from vmt_core.world.spec import Background, Object
+from vmt_core.world.spec import Line as Straight
 
 PHASES = (Phase(30, ((4, 1, 1, 1),), 0.1, warmup=5), Phase(20, ((4, 1, 1, 1),), 0.05, warmup=2, decay_to=0.0))
 
@@ -223,13 +227,14 @@ def test_the_transformer_trains_resumes_and_becomes_a_model(few, small, tmp_path
 def test_the_pool_is_renewed_and_follows_from_the_step(few, small, tmp_path):
     size = (5, 32, 32)
     first = pool.LatentPool(few, tmp_path / "a")
-    latents, seeds = first.draw(Random(1), 0, 6, size, renew=2)
+    latents, kinds, seeds = first.draw(Random(1), 0, 6, size, renew=2)
     assert latents.shape == (6, 16, 2, 4, 4)
+    assert kinds.shape == (6, 2, 2, 2)
     assert {split(seed) for seed in seeds} == {"train"}
     assert len(set(seeds)) <= 4
-    _, later = first.draw(Random(1), 8, 6, size, renew=2)
+    _, _, later = first.draw(Random(1), 8, 6, size, renew=2)
     assert not set(later) & set(seeds)
-    again, same = pool.LatentPool(few, tmp_path / "b").draw(Random(1), 8, 6, size, renew=2)
+    again, _, same = pool.LatentPool(few, tmp_path / "b").draw(Random(1), 8, 6, size, renew=2)
     assert same == later
     torch.testing.assert_close(again, first.draw(Random(1), 8, 6, size, renew=2)[0])
     folder = next((tmp_path / "a").rglob("5x32x32"))
@@ -243,9 +248,10 @@ def test_captions_belong_to_their_clips(few, small, tmp_path):
     """The caption of a drawn clip is that of the scene that was encoded, whatever its size."""
     stage = DitStage(few, tmp_path, phases=(Phase(5, ((3, 5, 32, 64),), 1.0),))
     size = (5, 32, 64)
-    latents, seeds = stage.pool.draw(Random(0), 0, 3, size, renew=2)
-    for latent, seed in zip(latents, seeds, strict=True):
+    latents, kinds, seeds = stage.pool.draw(Random(0), 0, 3, size, renew=2)
+    for latent, shown, seed in zip(latents, kinds, seeds, strict=True):
         scene = sample(seed, frames=5, height=32, width=64)
+        assert torch.equal(shown, pool.seen(scene))
         with torch.no_grad():
             mode = few.encode(pixels(render(scene)).unsqueeze(0)).latent_dist.mode()[0]
         mean, std = (
@@ -253,3 +259,46 @@ def test_captions_belong_to_their_clips(few, small, tmp_path):
         )
         torch.testing.assert_close(latent, ((mode - mean) / std), atol=0.15, rtol=0.05)
         assert scene.background.pattern in stage._caption(seed, size)
+
+
+def test_tokens_know_what_they_show():
+    """A token shows what covers some of its 16 by 16 pixels in some of its frames; the first frame has tokens of its own."""
+    path = Straight(start=(-0.25, -0.25), end=(0.25, 0.25))
+    cross = Object(shape="cross", colour="red", size=0.1, path=path)
+    scene = Scene(
+        category="single", motion="line", bodies=(cross,), background=Background(pattern="plain", colour="gray"),
+        frames=5, height=64, width=128,
+    )  # fmt: skip
+    kinds = pool.seen(scene)
+    assert kinds.shape == (2, 4, 8)
+    assert {int(kind) for kind in kinds.unique()} == {0, KINDS.index("cross")}
+    whole = masks(scene) >= 0
+    for row in range(4):
+        for col in range(8):
+            cell = whole[:, 16 * row : 16 * row + 16, 16 * col : 16 * col + 16].float().mean((1, 2))
+            if cell[0] > 0.2 or cell[0] == 0:
+                assert (kinds[0, row, col] > 0) == (cell[0] > 0)
+            if cell[1:].max() > 0.2 or cell[1:].max() == 0:
+                assert (kinds[1, row, col] > 0) == (cell[1:].max() > 0)
+
+
+def test_errors_near_bodies_count_more_where_their_place_can_be_known():
+    torch.manual_seed(0)
+    loss = DitLoss()
+    latents, noise = torch.randn(2, 1, 16, 1, 8, 8)
+    ids, mask = torch.ones(1, 3, dtype=torch.long), torch.ones(1, 3, dtype=torch.long)
+    kinds = torch.zeros(1, 1, 4, 4, dtype=torch.int8)
+    kinds[0, 0, 0, 0] = 3
+    for level, factor in ((0.5, BODIES), (0.9, 1.0)):
+        sigma = torch.tensor([level])
+        squared = loss.errors(latents, noise, sigma, ids, mask)[0, 0]
+        near = torch.zeros(4, 4, dtype=torch.bool)
+        near[:2, :2] = True
+        weight = torch.where(near, factor, 1.0)
+        total, logs = loss(latents, noise, sigma, ids, mask, kinds)
+        expected = (weight * squared).sum() / weight.sum() + NAMING * logs["naming"]
+        assert total.item() == pytest.approx(expected.item(), rel=1e-4)
+        assert logs["velocity"] == pytest.approx(squared.mean().item(), rel=1e-4)
+    total.backward()
+    assert loss.namer.weight.grad.abs().sum() > 0
+    assert loss.transformer.blocks[NAMED_BLOCK]._forward_hooks == {}
