@@ -58,6 +58,8 @@ def test_a_second_run_without_resume_is_refused(trained):
     [
         (["--stage", "dit"], "has no trained autoencoder; run --stage vae first"),
         (["--stage", "vae", "--resume"], "has no checkpoint of stage vae to --resume"),
+        (["--stage", "vae", "--start", "wan-nano"], "only the dit stage can start from a model"),
+        (["--stage", "dit", "--start", "nowhere"], "--start nowhere: no such folder"),
         (["--stage", "both"], "stage: Input should be 'vae', 'dit' or 'decoder'"),
     ],
 )

@@ -25,7 +25,9 @@ Visible = Bool[Tensor, "frames n"]
 MOVES = 0.25  # pixels a frame at a width of 256: less is standing still
 _LOST = 0.75  # pixels of forward-backward error at which a track ends
 _FLAT = 4.0  # of 255, standard deviation about a pixel below which there is nothing to see
-_EMPTY = 0.75  # of the frame, that one flat area covers: it is a background without a pattern
+_CHANGED = 6  # of 255: less is noise
+_EDGE = 4  # pixels from a flat area to what lies beyond its edge
+_AT_REST = 0.3  # of an area's edge that may change, by what passes before it, while the area stands still
 
 
 def start_points(height: int, width: int) -> Float[Tensor, "n 2"]:
@@ -43,11 +45,11 @@ def flow_tracks(frames: Frames, points: Float[Tensor, "n 2"]) -> tuple[Positions
     height, width = images[0].shape[:2]
     limit = points.new_tensor([width, height])
     positions, visible = [points], [torch.ones(len(points), dtype=torch.bool)]
-    looked = ((cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), empty(image)) for image in images)
-    for (first, nothing_first), (second, nothing_second) in pairwise(looked):
-        forward = flow.calc(first, second, np.zeros((0,), np.float32))
-        backward = flow.calc(second, first, np.zeros((0,), np.float32))
-        forward[nothing_first], backward[nothing_second] = 0, 0
+    for first, second in pairwise(images):
+        grays = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in (first, second)]
+        forward = flow.calc(grays[0], grays[1], np.zeros((0,), np.float32))
+        backward = flow.calc(grays[1], grays[0], np.zeros((0,), np.float32))
+        forward[at_rest(first, second)], backward[at_rest(second, first)] = 0, 0
         there = _at(forward, positions[-1])
         moved = positions[-1] + there
         back = _at(backward, moved)
@@ -57,19 +59,33 @@ def flow_tracks(frames: Frames, points: Float[Tensor, "n 2"]) -> tuple[Positions
     return torch.stack(positions), torch.stack(visible)
 
 
-def empty(image: np.ndarray) -> np.ndarray:
-    """Where (H, W) an image (H, W, 3) is a background without a pattern: flat, up to the frame's edge, most of the frame.
+def at_rest(image: np.ndarray, other: np.ndarray) -> np.ndarray:
+    """Where (H, W) an image (H, W, 3) stands still up to the other one: nothing changes there, nor around the flat area it is part of.
 
-    Optical flow has nothing to go by there and lets it drift along with whatever moves before it.
+    Optical flow has nothing to go by on a flat area, or along a stripe, and lets it drift along with whatever moves beside it. A flat
+    area that moves changes along most of its edge; one that stands still, only where something passes before it.
     """
     pixels, size = image.astype(np.float32), (7, 7)
     mean = cv2.blur(pixels, size)
     flat = (cv2.blur(pixels * pixels, size) - mean * mean).sum(-1) < _FLAT**2
-    _, areas = cv2.connectedComponents(flat.astype(np.uint8), connectivity=4)
-    border = np.concatenate([areas[0], areas[-1], areas[:, 0], areas[:, -1]])
-    largest = np.bincount(border[border > 0], minlength=1).argmax()
-    area: np.ndarray = (areas == largest) & flat
-    return area if area.mean() > _EMPTY else np.zeros_like(area)
+    number, areas = cv2.connectedComponents(flat.astype(np.uint8), connectivity=4)
+    changed = cv2.dilate((cv2.absdiff(image, other).max(-1) > _CHANGED).astype(np.uint8), np.ones((5, 5), np.uint8)) > 0
+    # What lies beyond the frame is an edge of the areas at its border, as wide as other edges, and changes where the border does.
+    beyond = ~np.pad(flat, size[0])
+    beyond_changed = beyond & np.pad(changed, size[0], mode="edge")
+    around = np.pad(areas, size[0] + _EDGE)
+    height, width = beyond.shape
+    edge, edge_changed = np.zeros(number), np.zeros(number)
+    for down in range(0, 2 * _EDGE + 1, _EDGE):
+        for right in range(0, 2 * _EDGE + 1, _EDGE):
+            beside = around[down : down + height, right : right + width]
+            edge += np.bincount(beside[beyond], minlength=number)
+            edge_changed += np.bincount(beside[beyond_changed], minlength=number)
+    moves = edge_changed > _AT_REST * edge
+    moves[0] = False
+    near = cv2.dilate(moves[areas].astype(np.uint8), np.ones((2 * _EDGE + 1, 2 * _EDGE + 1), np.uint8)) > 0
+    resting: np.ndarray = ~changed & ~near
+    return resting
 
 
 def estimator() -> cv2.DISOpticalFlow:

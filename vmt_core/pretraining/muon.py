@@ -54,7 +54,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(matrices: Float[Tensor, "n rows cols"]) -> Float[Tensor, "n rows cols"]:
-    """Each matrix with all its singular values near 1 (within about 0.3), by a Newton-Schulz iteration."""
+    """Each matrix with its singular values near 1 (within about 0.3, tiny ones below), by a Newton-Schulz iteration."""
     tall = matrices.shape[-2] > matrices.shape[-1]
     wide = matrices.mT if tall else matrices
     x: Tensor = wide / wide.norm(dim=(-2, -1), keepdim=True).clamp_min(1e-7)

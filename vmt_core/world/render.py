@@ -60,8 +60,8 @@ def masks(scene: Scene) -> Int[Tensor, "frames height width"]:
     return bodies[owner].view(scene.frames, scene.height, scene.width)
 
 
-def tracks(scene: Scene, points: Float[Tensor, "n 2"] | None = None) -> Tracks:
-    """The paths of whatever is seen at `points` of the first frame.
+def tracks(scene: Scene, points: Float[Tensor, "n 2"] | None = None, frame: int = 0) -> Tracks:
+    """The paths of whatever is seen at `points` of a frame, the first by default.
 
     Args:
         points: pixels (x, y); None: a grid of `grid_points`.
@@ -70,17 +70,17 @@ def tracks(scene: Scene, points: Float[Tensor, "n 2"] | None = None) -> Tracks:
     start = grid_points(scene.height, scene.width) if points is None else points
     start = _to_units(start.double(), scene)
     pieces = parts(scene)
-    owner = _owner(pieces, start.unsqueeze(0))[0]
+    owner = _owner(pieces, start.unsqueeze(0), frame)[0]
     matrices = torch.stack([*(part.matrix for part in pieces), cameras(scene)])  # index -1 is the background
     own = matrices[owner]  # (n, frames, 3, 3)
     homogeneous = torch.cat([start, torch.ones_like(start[:, :1])], -1)[:, None, :, None]
-    local = torch.linalg.inv(own[:, :1]) @ homogeneous
+    local = torch.linalg.inv(own[:, frame : frame + 1]) @ homogeneous
     path = (own @ local)[..., :2, 0].transpose(0, 1)  # (frames, n, 2)
     seen = _owner(pieces, path) == owner
     pixels = path * short + path.new_tensor([scene.width, scene.height]) / 2
     inside = ((pixels >= 0) & (pixels < pixels.new_tensor([scene.width, scene.height]))).all(-1)
     bodies = torch.tensor([part.body for part in pieces] + [-1])
-    seen[0] = True  # by definition, whatever rounding at an edge says
+    seen[frame] = True  # by definition, whatever rounding at an edge says
     return Tracks(pixels.float(), seen & inside, bodies[owner])
 
 
@@ -133,11 +133,11 @@ def _distance(part: Part, grid: Tensor, short: int) -> Float[Tensor, "frames hei
     return part.distance(_inverse(part.matrix, grid)) * (_scale(part.matrix) * short).float().view(-1, 1, 1)
 
 
-def _owner(pieces: list[Part], points: Float[Tensor, "frames n 2"]) -> Int[Tensor, "frames n"]:
-    """The last drawn part at each point: its index, or -1; one frame of points is the first frame's."""
+def _owner(pieces: list[Part], points: Float[Tensor, "frames n 2"], first: int = 0) -> Int[Tensor, "frames n"]:
+    """The last drawn part at each point: its index, or -1; the points are those of the frames from `first` on."""
     owner = torch.full(points.shape[:2], -1)
     for index, part in enumerate(pieces):
-        matrix = torch.linalg.inv(part.matrix[: len(points)])
+        matrix = torch.linalg.inv(part.matrix[first : first + len(points)])
         local = points @ matrix[:, :2, :2].mT + matrix[:, None, :2, 2]
         owner[part.distance(local) < 0] = index
     return owner

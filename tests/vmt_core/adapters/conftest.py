@@ -1,10 +1,17 @@
-"""A tiny Wan that a test may add adapters to."""
+"""A clip to tune on, heads to adapt, and a second Wan to load what the first has learnt."""
 
 import pytest
 import torch
 
+from vmt_core import Backbone
 from vmt_core.adapters.follow_your_motion import prepare
 from vmt_core.world import render, sample
+
+
+@pytest.fixture
+def fresh(folder):
+    """As `wan` is at first."""
+    return Backbone.load(str(folder), dtype=torch.float32)
 
 
 @pytest.fixture(scope="session")

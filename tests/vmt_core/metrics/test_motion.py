@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vmt_core.metrics.motion import (
     aligned,
-    empty,
+    at_rest,
     flow_tracks,
     jerk,
     matched,
@@ -120,19 +120,35 @@ def test_flipping_a_clip_flips_the_sign_of_horizontal_motion():
     assert aligned(flow_tracks(frames, points), flow_tracks(frames.flip(-1), points), SIDE) < -0.8
 
 
-@pytest.mark.parametrize(("pattern", "nothing"), [("plain", True), ("dotted", False), ("striped", False)])
-def test_a_background_without_a_pattern_is_told_from_one_with(pattern, nothing):
-    scene = sample(39, category="single", motion="line")
-    ground = scene.background.model_copy(update={"pattern": pattern, "period": 0.23})
-    scene = scene.model_copy(update={"background": ground})
-    image = render(scene)[0].permute(1, 2, 0).contiguous().numpy()
-    assert empty(image).any() == nothing
-    assert not empty(image)[masks(scene)[0].numpy() >= 0].any()  # bodies are something
+PATTERNS = pytest.mark.parametrize("pattern", ["plain", "striped", "dotted", "checkered", "gradient"])
 
 
-def test_a_background_without_a_pattern_does_not_drift_along():
-    scene = sample(39, category="single", motion="line")
-    scene = scene.model_copy(update={"background": scene.background.model_copy(update={"pattern": "plain"})})
+def before(pattern, seed=39):
+    """One object that moves along a line, before a background that stands still."""
+    scene = sample(seed, category="single", motion="line")
+    ground = scene.background.model_copy(update={"pattern": pattern, "period": 1.4 if pattern == "gradient" else 0.3})
+    return scene.model_copy(update={"background": ground})
+
+
+@PATTERNS
+def test_what_stands_still_is_told_from_what_moves(pattern):
+    scene = before(pattern)
+    first, second = (frame.permute(1, 2, 0).contiguous().numpy() for frame in render(scene)[:2])
+    still, body = at_rest(first, second), masks(scene)[0].numpy() >= 0
+    assert not still[body].any()
+    assert still[~body].mean() > 0.85
+    assert at_rest(first, first).all()
+
+
+def test_nothing_stands_still_where_the_camera_moves():
+    _, frames = pan(0.3, 0.2)
+    first, second = (frame.permute(1, 2, 0).contiguous().numpy() for frame in frames[:2])
+    assert at_rest(first, second).mean() < 0.05
+
+
+@PATTERNS
+def test_a_background_does_not_drift_along(pattern):
+    scene = before(pattern)
     points = start_points(scene.height, scene.width)
     exact, found = of_world(tracks(scene, points)), flow_tracks(render(scene), points)
     assert moving_share(found, scene.width) < 1.5 * moving_share(exact, scene.width) + 0.02

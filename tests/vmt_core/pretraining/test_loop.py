@@ -10,7 +10,7 @@ from torch import nn
 
 from vmt_core import Backbone
 from vmt_core.pretraining import export, loop, pool
-from vmt_core.pretraining.dit import BODIES, NAMED_BLOCK, NAMING, DitLoss, DitStage
+from vmt_core.pretraining.dit import BODIES, MORE_PHASES, NAMED_BLOCK, NAMING, DitLoss, DitStage
 from vmt_core.pretraining.loop import Phase, Run
 from vmt_core.pretraining.vae import VaeStage, crop, look_at_one_frame, pixels
 from vmt_core.world import Scene, render, sample, split
@@ -222,6 +222,12 @@ def test_the_transformer_trains_resumes_and_becomes_a_model(few, small, tmp_path
     )
     assert made.frames.shape == (1, 5, 3, 32, 32)
     assert Backbone.load(str(tmp_path / "model")).caption("a red circle").shape == (4, 128)
+    more = DitStage(few, tmp_path / "latents")
+    more.start_from(tmp_path / "model")
+    assert more.phases == MORE_PHASES
+    for name in ("transformer", "text"):
+        kept, taken = (getattr(module, name).state_dict() for module in (again.average.module, more.module))
+        assert all(torch.equal(taken[key], kept[key].bfloat16().float()) for key in kept)
 
 
 def test_the_pool_is_renewed_and_follows_from_the_step(few, small, tmp_path):

@@ -176,3 +176,13 @@ def test_a_scene_survives_as_json_and_gives_the_same_pixels(seed):
 def test_bodies_must_differ_in_colour():
     with pytest.raises(ValueError, match="different colours, not red, red"):
         scene(disc(at=(0.0, 0.0)), disc(at=(0.1, 0.0)))
+
+
+def test_points_of_a_later_frame_have_the_paths_of_what_is_there():
+    scene = sample(4, category="single", motion="arc")
+    whole = tracks(scene)
+    later = tracks(scene, whole.points[8], frame=8)
+    same = (later.body == whole.body) & whole.visible[8]
+    assert same.float().mean() > 0.9 and (whole.body[same] >= 0).any()
+    torch.testing.assert_close(later.points[:, same], whole.points[:, same], atol=1e-3, rtol=0)
+    assert later.visible[8].all()
