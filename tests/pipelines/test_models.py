@@ -68,7 +68,7 @@ def test_an_encoder_in_the_layout_of_transformers_is_a_model_too(bucket, cache):
         Storage().write(f"s3://{bucket}/clip/{name}", bytes_)
     assert content(models.local(f"s3://{bucket}/clip", Storage())) == files
     Storage().write(f"s3://{bucket}/nothing/weights.safetensors", b"weights")
-    with pytest.raises(FileNotFoundError, match="no model_index.json"):
+    with pytest.raises(FileNotFoundError, match=r"no model_index\.json"):
         models.local(f"s3://{bucket}/nothing", Storage())
 
 
