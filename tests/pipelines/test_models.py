@@ -152,7 +152,7 @@ def test_the_configuration_needs_no_weights(prefix, fetched):
 
 def test_a_prefix_without_a_model_is_refused(bucket):
     Storage().write(f"s3://{bucket}/other/readme.txt", b"x")
-    with pytest.raises(FileNotFoundError, match=r"no model_index\.json below it"):
+    with pytest.raises(FileNotFoundError, match=r"no model_index\.json \(diffusers\) or config\.json"):
         models.local(f"s3://{bucket}/other", Storage())
 
 

@@ -41,7 +41,7 @@ PHASES = (
 #: Of a model that has seen the others: mostly single frames, then mostly clips.
 MORE_PHASES = (
     Phase(700, (*((28, 1, 192, 192),) * 3, (8, 17, 192, 192)), 0.6, warmup=100, decay_to=0.7, renew=120),
-    Phase(750, ((28, 1, 192, 192), *((8, 17, 192, 192),) * 2), 0.5, warmup=20, decay_to=0.03, renew=120),
+    Phase(450, ((28, 1, 192, 192), *((8, 17, 192, 192),) * 2), 0.5, warmup=20, decay_to=0.03, renew=120),
 )
 SHIFTS = (1.0, 3.0)  # of the noise levels, one drawn for each clip: at 3 places are learnt, at 1 outlines
 CHEAPER = 8  # times as often do new single frames join, which cost so much less than clips
