@@ -62,6 +62,7 @@ def score(trial: dict[str, float], plain: dict[str, float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--method", choices=GRIDS, default="fastvmt")
+    parser.add_argument("--settings", help="which of its settings, comma separated; default: all")
     parser.add_argument("--model", default="wan-nano")
     parser.add_argument("--pairs", type=int, default=16)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -88,9 +89,10 @@ def main() -> None:
     plain = trial("none", {})
     print(f"none: {plain}", flush=True)
     best: dict[str, Any] = {}
-    for name, values in GRIDS[arguments.method].items():
+    grid = GRIDS[arguments.method]
+    for name in arguments.settings.split(",") if arguments.settings else grid:
         results = []
-        for value in values:
+        for value in grid[name]:
             found = trial(arguments.method, best | {name: value})
             results.append((score(found, plain), value))
             print(f"{name}={value}: score {results[-1][0]:.3f} {found}", flush=True)

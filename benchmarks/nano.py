@@ -76,17 +76,9 @@ def identity(reader: judge.Judge, clips: Sequence[Tensor]) -> float:
     return same / len(clips)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="wan-nano")
-    parser.add_argument("--clips", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--judge", type=Path, default=Path("out/judge.safetensors"), help="trained if it is not there")
-    parser.add_argument("--sheet", type=Path, help="PNG of the first samples")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    reader, backbone = judge.cached(arguments.judge), Backbone.load(arguments.model)
-    autoencoder(backbone, min(24, arguments.clips))
+def samples(backbone: Backbone, arguments: argparse.Namespace) -> None:
+    """What the judge reads in samples of held-out captions, beside what it reads in the real clips, and how they move."""
+    reader = judge.cached(arguments.judge)
     scenes = [sample(20 * index + 19) for index in range(arguments.clips)]
     real = [render(scene) for scene in scenes]
     print(f"judge on {len(real)} real clips: {judge.mean(judge.verdicts(reader, real, scenes))}", flush=True)
@@ -102,6 +94,23 @@ def main() -> None:
     if arguments.sheet:
         rows = [[real[index], clips[index]] for index in range(min(16, len(clips)))]
         Image.fromarray(transfers.sheet(rows).permute(1, 2, 0).numpy()).save(arguments.sheet)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="wan-nano")
+    parser.add_argument("what", choices=["autoencoder", "samples", "all"], nargs="?", default="all")
+    parser.add_argument("--clips", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--judge", type=Path, default=Path("out/judge.safetensors"), help="trained if it is not there")
+    parser.add_argument("--sheet", type=Path, help="PNG of the first samples")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    backbone = Backbone.load(arguments.model)
+    if arguments.what != "samples":
+        autoencoder(backbone, min(24, arguments.clips))
+    if arguments.what != "autoencoder":
+        samples(backbone, arguments)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ def run(settings: PretrainSettings, say: Callable[[str], None] = print) -> None:
         UsageError: nothing to resume, something in the way, or no autoencoder yet.
         RunFailed: training stopped before its time.
     """
-    storage, folder = Storage(settings.storage), join(absolute(settings.output), settings.stage)
+    settings = settings.model_copy(update={"output": absolute(settings.output)})  # workers have another directory
+    storage, folder = Storage(settings.storage), join(settings.output, settings.stage)
     begun = storage.exists(join(folder, _SNAPSHOT))
     if begun and not settings.resume:
         raise UsageError(
@@ -66,7 +67,7 @@ def run(settings: PretrainSettings, say: Callable[[str], None] = print) -> None:
             settings = settings.model_copy(update={"start": str(locate(settings.start).absolute())})
         except FileNotFoundError as error:
             raise UsageError(f"--start {error}") from error
-    filesystem, path = storage.arrow(absolute(settings.output))
+    filesystem, path = storage.arrow(settings.output)
     gpu = settings.device == "cuda"
     pool = StageSettings(actors=settings.workers, gpus=float(gpu))
     began = time.monotonic()

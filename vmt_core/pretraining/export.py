@@ -30,13 +30,14 @@ def save_vae(module: nn.Module, folder: Path, clips: int = 48) -> None:
 def save_pipeline(module: nn.Module, vae: AutoencoderKLWan, folder: Path) -> None:
     """Writes the whole model in bf16; what is passed stays as it is."""
     assert isinstance(module, DitLoss)
-    vae = deepcopy(vae)
-    vae.register_to_config(_name_or_path="")  # else the folder that it was read from
+    vae, transformer = deepcopy(vae), deepcopy(module.transformer)
+    for part in (vae, transformer):
+        part.register_to_config(_name_or_path="")  # else the folder that it was read from
     WanPipeline(
         tokenizer=tokenizer(),
         text_encoder=deepcopy(module.text),
         vae=vae,
-        transformer=deepcopy(module.transformer),
+        transformer=transformer,
         scheduler=FlowMatchEulerDiscreteScheduler(shift=NANO.shift),
     ).to(torch.bfloat16).save_pretrained(folder, safe_serialization=True)
 
