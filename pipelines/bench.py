@@ -59,9 +59,8 @@ def run(settings: BenchSettings, say: Callable[[str], None] = print) -> dict[str
     summary = evaluate.run(measured, say)
     about = json.loads(storage.read(join(settings.output, "run", "summary.json")))
     about["title"] = f"Benchmark: {settings.suite}"
-    rows = list(evaluate.read(measured, storage))
-    lines = tables.compare(rows, measured.baseline, measured.bootstrap)
-    page = evaluate.page(measured, storage, about, settings.output, rows, lines)
+    lines = tables.compare(evaluate.read(measured, storage), measured.baseline, measured.bootstrap)
+    page = evaluate.page(measured, storage, about, settings.output, lines)
     storage.write(join(settings.output, "report.html"), page.encode())
     storage.write(join(settings.output, "comparison.csv"), storage.read(join(measured.output, "comparison.csv")))
     say(f"report  {join(settings.output, 'report.html')}")

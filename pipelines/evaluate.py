@@ -12,8 +12,9 @@ import io
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from heapq import nsmallest
 from typing import Any
 
 import pyarrow as pa
@@ -32,7 +33,7 @@ from pipelines.storage import Storage, join
 from schemas import EvaluateSettings, MetricRow, ResultRow, UsageError
 from vmt_core.metrics.noncommercial import NOTICE
 
-REPORT_ROWS = 5_000  # of the page, failures first
+REPORT_ROWS = 10_000  # of the page, failures first
 _DRAWN = 500  # of those, the ones whose tracks can be drawn over the videos
 
 
@@ -58,17 +59,16 @@ def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[
         )
         if missing:
             _measure(settings, storage, found, done, missing, say)
-        rows = list(read(settings, storage))
-        lines = tables.compare(rows, settings.baseline, settings.bootstrap)
-        failed = Counter(str(row.error_code) for row in rows if row.status == "failed")
+        lines = tables.compare(read(settings, storage), settings.baseline, settings.bootstrap)
+        told, failed, absent = _tally(read(settings, storage))
         summary = {
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - began, 3),
             "results": sum(counts.values()),
-            "measured": len(rows) - sum(failed.values()),
+            "measured": told - sum(failed.values()),
             "failed": sum(failed.values()),
             "failed_by_code": dict(failed.most_common()),
-            "absent": _absent(rows),
+            "absent": absent,
         }
         for name, text in {
             "comparison.csv": tables.to_csv([line for line in lines if line.category == tables.ALL]),
@@ -81,15 +81,13 @@ def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[
             storage.write(join(settings.output, name), text.encode())
         title = {"title": "Evaluation", "finished_at": summary["finished_at"]}
         storage.write(
-            join(settings.output, "report.html"), page(settings, storage, title, settings.output, rows, lines).encode()
+            join(settings.output, "report.html"), page(settings, storage, title, settings.output, lines).encode()
         )
         sink = pa.BufferOutputStream()
         pq.write_table(pacsv.read_csv(io.BytesIO(tables.to_csv(lines).encode())), sink)
         storage.write(join(settings.output, "comparison.parquet"), sink.getvalue().to_pybytes())
-    if len(rows) != summary["results"]:
-        raise RunFailed(
-            f"{summary['results']} results, but {len(rows)} were measured; the same command goes on from there"
-        )
+    if told != summary["results"]:
+        raise RunFailed(f"{summary['results']} results, but {told} were measured; the same command goes on from there")
     for line in lines:
         if line.category == tables.ALL:
             say(_line(line))
@@ -109,7 +107,6 @@ def page(
     storage: Storage,
     summary: Mapping[str, Any],
     output: str,
-    rows: Sequence[MetricRow],
     lines: Sequence[tables.Line],
 ) -> str:
     """The report: the comparison of methods above a gallery of videos with their metrics.
@@ -117,21 +114,21 @@ def page(
     Args:
         summary: as `report.render` wants it.
         output: folder that the page is written to.
-        rows: that were measured.
-        lines: of their comparison.
+        lines: of the comparison of what was measured.
     """
-    metrics = {(row.run, row.sample_id): row for row in rows}
-    first = sorted(metrics.values(), key=lambda row: (row.status == "ok", row.reference_uri, row.prompt, row.seed))
-    chosen = {(row.run, row.sample_id) for row in first[:REPORT_ROWS]}
-    drawn = {(row.run, row.sample_id) for row in first[:_DRAWN]}
+    first = nsmallest(
+        REPORT_ROWS,
+        read(settings, storage),
+        key=lambda row: (row.status == "ok", row.reference_uri, row.prompt, row.seed),
+    )
+    metrics = {(row.run, row.sample_id): row for row in first}
     tracks = {
         (row.run, row.sample_id): {"tracks": row.tracks, "reference_tracks": row.reference_tracks}
-        for row in read(settings, storage, whole=True)
-        if (row.run, row.sample_id) in drawn
+        for row in read(settings, storage, tracks_of={row.sample_id for row in first[:_DRAWN]})
     }
     shown = []
     for run in settings.run:
-        ids = {sample for other, sample in chosen if other == run}
+        ids = {sample for other, sample in metrics if other == run}
         for batch in Ledger(storage, run).scan(list(ResultRow.model_fields), ids):
             for row in batch.to_pylist():
                 key = (run, row["sample_id"])
@@ -141,12 +138,18 @@ def page(
     return report.render(shown, summary, output, lines=lines, place="")
 
 
-def read(settings: EvaluateSettings, storage: Storage, *, whole: bool = False) -> Iterator[MetricRow]:
-    """Every metric row of the runs that were asked for; the tracks only if `whole`, they weigh more than all else."""
+def read(
+    settings: EvaluateSettings, storage: Storage, *, tracks_of: Collection[str] | None = None
+) -> Iterator[MetricRow]:
+    """Every metric row of the runs that were asked for, or those of some samples with their tracks, which weigh more than all else."""
     dataset = _dataset(settings, storage)
-    columns = [name for name in MetricRow.model_fields if whole or name not in ("tracks", "reference_tracks")]
+    columns, chosen = list(MetricRow.model_fields), ds.field("run").isin(settings.run)
+    if tracks_of is None:
+        columns = [name for name in columns if name not in ("tracks", "reference_tracks")]
+    else:
+        chosen &= ds.field("sample_id").isin(list(tracks_of))
     if dataset is not None:
-        for batch in dataset.to_batches(columns, filter=ds.field("run").isin(settings.run), batch_size=1000):
+        for batch in dataset.to_batches(columns, filter=chosen, batch_size=1000):
             yield from (MetricRow.model_validate(values) for values in batch.to_pylist())
 
 
@@ -228,14 +231,20 @@ def _dataset(settings: EvaluateSettings, storage: Storage) -> ds.Dataset | None:
     )
 
 
-def _absent(rows: list[MetricRow]) -> dict[str, str]:
-    """Metrics that no video has, with the commonest reason."""
+def _tally(rows: Iterable[MetricRow]) -> tuple[int, Counter[str], dict[str, str]]:
+    """How many rows, how many of them failed by code, and the metrics that no video has, with the commonest reason."""
+    told, ok, failed = 0, 0, Counter[str]()
     reasons: dict[str, Counter[str]] = {}
-    ok = [row for row in rows if row.status == "ok"]
-    for row in ok:
+    for row in rows:
+        told += 1
+        if row.status == "failed":
+            failed[str(row.error_code)] += 1
+            continue
+        ok += 1
         for name, reason in json.loads(row.absent).items():
             reasons.setdefault(name, Counter())[reason] += 1
-    return {name: counts.most_common(1)[0][0] for name, counts in reasons.items() if sum(counts.values()) == len(ok)}
+    absent = {name: counts.most_common(1)[0][0] for name, counts in reasons.items() if counts.total() == ok}
+    return told, failed, absent
 
 
 def _line(line: tables.Line) -> str:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
+import math
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +34,9 @@ BETTER: dict[str, bool | None] = {
     "seconds": False,
 }
 ALL = "all"
+
+_Array = np.ndarray[Any, Any]
+_Variant = tuple[str, str, str]  # run, method, its settings as JSON
 
 #: Table 1 of FastVMT (arXiv 2602.05551). Other clips, other hardware, unstated CLIP: not comparable in absolute terms.
 PUBLISHED = (
@@ -83,36 +89,53 @@ class Line:
     cells: dict[str, Cell]
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """What is compared of rows, some 150 bytes of each."""
+
+    variants: list[_Variant]
+    categories: list[str]
+    variant: _Array  # place in variants
+    category: _Array  # place in categories, -1 for none
+    pair: _Array  # a number for each reference, prompt, seed and model: what two methods' videos have in common that are compared
+    ok: _Array
+    values: _Array  # (rows, metrics), nan where there is none
+
+
 def compare(rows: Iterable[MetricRow], baseline: str, draws: int = 2000) -> list[Line]:
     """A line for every method, in all categories together and in each; the baseline first.
 
-    The order of rows does not matter.
+    The order of rows does not matter, and none is kept: they may be streamed.
     """
-    rows = sorted(rows, key=lambda row: (row.run, row.sample_id))
-    labels = label(rows)
-    ordered = sorted(set(labels.values()), key=lambda name: (name.split(" ")[0] != baseline, name))
-    categories = [ALL, *sorted({row.category for row in rows if row.category})]
+    table = _columns(rows)
+    names = label(table.variants)
+    ordered = sorted(set(names.values()), key=lambda name: (name.split(" ")[0] != baseline, name))
+    place = np.array([ordered.index(names[variant]) for variant in table.variants], int)[table.variant]
+    methods = {name: method for (_, method, _), name in names.items()}
     lines = []
-    for category in categories:
-        chosen = [row for row in rows if category in (ALL, row.category)]
-        base = {_pair(row): row for row in chosen if labels[_variant(row)] == baseline and row.status == "ok"}
-        for name in ordered:
-            mine = [row for row in chosen if labels[_variant(row)] == name]
-            if not mine:
+    for category in [ALL, *sorted(table.categories)]:
+        inside = category == ALL or table.category == table.categories.index(category)
+        base = np.flatnonzero(inside & table.ok & (place == ordered.index(baseline))) if baseline in ordered else ()
+        for number, name in enumerate(ordered):
+            mine = inside & (place == number)
+            if not mine.any():
                 continue
-            ok = [row for row in mine if row.status == "ok"]
-            cells = {
-                metric: cell
-                for metric in BETTER
-                if (cell := _cell(metric, ok, base if name != baseline else {}, draws)) is not None
-            }
-            lines.append(Line(name, mine[0].method, category, len(ok), len(mine) - len(ok), cells))
+            ok = np.flatnonzero(mine & table.ok)
+            twins = _twins(table.pair, ok, () if name == baseline else base)
+            cells = {}
+            for at, metric in enumerate(BETTER):
+                column = table.values[:, at]
+                differences = column[ok[twins >= 0]] - column[twins[twins >= 0]]
+                values = column[ok]
+                if not np.isnan(values).all():
+                    cells[metric] = _cell(values[~np.isnan(values)], differences[~np.isnan(differences)], metric, draws)
+            lines.append(Line(name, methods[name], category, len(ok), int(mine.sum()) - len(ok), cells))
     return lines
 
 
-def label(rows: Sequence[MetricRow]) -> dict[tuple[str, str, str], str]:
-    """A name for every variant (run, method, settings): the method, and what sets it apart from the same method's others."""
-    variants = sorted({_variant(row) for row in rows})
+def label(variants: Iterable[_Variant]) -> dict[_Variant, str]:
+    """A name for every variant: the method, and what sets it apart from the same method's others."""
+    variants = sorted(variants)
     runs = {run for run, _, _ in variants}
     names = {}
     for run, method, settings in variants:
@@ -128,15 +151,15 @@ def label(rows: Sequence[MetricRow]) -> dict[tuple[str, str, str], str]:
     return names
 
 
-def interval(values: np.ndarray[Any, Any], draws: int) -> tuple[float, float]:
+def interval(values: _Array, draws: int) -> tuple[float, float]:
     """The 95 % bootstrap interval of a mean."""
     if len(values) < 2:
         return float(values.mean()), float(values.mean())
-    generator = np.random.default_rng(0)
+    generator, at_once = np.random.default_rng(0), max(1, 2**16 // len(values))
     means = np.concatenate(
         [
-            values[generator.integers(0, len(values), (min(100, draws - at), len(values)))].mean(1)
-            for at in range(0, draws, 100)
+            values[generator.integers(0, len(values), (min(at_once, draws - at), len(values)))].mean(1)
+            for at in range(0, draws, at_once)
         ]
     )
     low, high = np.quantile(means, [0.025, 0.975])
@@ -236,20 +259,51 @@ def papers_shape(lines: Sequence[Line]) -> str:
     return "\n".join([*text, "", note, ""])
 
 
-def _cell(metric: str, rows: Sequence[MetricRow], base: dict[tuple[Any, ...], MetricRow], draws: int) -> Cell | None:
-    known = [(row, value) for row in rows if (value := getattr(row, metric)) is not None]
-    if not known:
-        return None
-    values = np.array([value for _, value in known], float)
+def _columns(rows: Iterable[MetricRow]) -> _Columns:
+    variants: dict[_Variant, int] = {}
+    categories: dict[str, int] = {}
+    places, keys, ok, values = array("i"), array("Q"), array("b"), array("d")
+    for row in rows:
+        variant = variants.setdefault((row.run, row.method, row.method_settings), len(variants))
+        category = categories.setdefault(row.category, len(categories)) if row.category else -1
+        places.extend((variant, category))
+        pair = (row.reference_digest, row.reference_uri, row.prompt, row.seed, row.model_revision)
+        keys.extend((_number(row.run, row.sample_id), _number(*pair)))
+        ok.append(row.status == "ok")
+        values.extend(math.nan if (value := getattr(row, metric)) is None else value for metric in BETTER)
+    key, pair = np.array(keys, np.uint64).reshape(-1, 2).T
+    order = np.argsort(key)
+    variant, category = np.array(places, int).reshape(-1, 2)[order].T
+    return _Columns(
+        list(variants),
+        list(categories),
+        variant,
+        category,
+        pair[order],
+        np.array(ok, bool)[order],
+        np.array(values).reshape(-1, len(BETTER))[order],
+    )
+
+
+def _number(*parts: Any) -> int:
+    """64 bits that stand for some values."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=8).digest())
+
+
+def _twins(pair: _Array, rows: _Array, base: _Array | tuple[()]) -> _Array:
+    """For each of `rows`, the row of `base` of the same pair; -1 if there is none."""
+    if not len(base):
+        return np.full(len(rows), -1)
+    ordered = np.asarray(base)[np.argsort(pair[base], kind="stable")]
+    found = ordered[np.searchsorted(pair[ordered], pair[rows]).clip(max=len(ordered) - 1)]
+    twins: _Array = np.where(pair[found] == pair[rows], found, -1)
+    return twins
+
+
+def _cell(values: _Array, differences: _Array, metric: str, draws: int) -> Cell:
     low, high = interval(values, draws)
-    both = [
-        (value, other)
-        for row, value in known
-        if (twin := base.get(_pair(row))) is not None and (other := getattr(twin, metric)) is not None
-    ]
-    if not both:
+    if not len(differences):
         return Cell(len(values), float(values.mean()), low, high)
-    differences = np.array([value - other for value, other in both], float)
     first, last = interval(differences, draws)
     better = BETTER[metric]
     signed = differences if better is None or better else -differences
@@ -257,15 +311,6 @@ def _cell(metric: str, rows: Sequence[MetricRow], base: dict[tuple[Any, ...], Me
     return Cell(
         len(values), float(values.mean()), low, high, float(differences.mean()), first, last, wins, len(differences)
     )
-
-
-def _variant(row: MetricRow) -> tuple[str, str, str]:
-    return row.run, row.method, row.method_settings
-
-
-def _pair(row: MetricRow) -> tuple[Any, ...]:
-    """What two methods' videos have in common that are compared."""
-    return row.reference_digest, row.reference_uri, row.prompt, row.seed, row.model_revision
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:

@@ -366,7 +366,9 @@ def test_reduced_motion_does_not_start_by_itself(browser: Browser, tmp_path: Pat
 
 def test_ten_thousand_rows(browser: Browser, tmp_path: Path) -> None:
     base = three_groups(tmp_path)
-    rows = [base[n % 9] | {"seed": n // 9, "sample_id": f"{n:032x}"} for n in range(10_000)]
+    rows = [
+        base[n % 9] | {"seed": n // 9, "sample_id": f"{n:032x}", "metrics": {"motion": n / 1e4}} for n in range(10_000)
+    ]
     begin = time.perf_counter()
     html = render(rows, {}, str(tmp_path))
     rendered = time.perf_counter()

@@ -1,0 +1,80 @@
+"""What evaluate makes of rows that are measured already: tables, summary and page, however many there are."""
+
+import json
+import re
+import tracemalloc
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipelines import evaluate, measure
+from schemas import EvaluateSettings, MetricRow, ResultRow
+from support.jobs import row
+
+METHODS = ("none", "fastvmt")
+
+
+def measured(folder, count):
+    """Settings of an evaluation of `count` results whose metrics are there; every tenth has failed."""
+    settings = EvaluateSettings(run=[str(folder / "out")], output=str(folder / "eval"), bootstrap=100)
+    base = row("a red circle").model_dump()
+    results, metrics = [], []
+    for number in range(count):
+        ended = {"status": "ok", "video_uri": "v.mp4"}
+        if number % 10 == 0:
+            ended = {"status": "failed", "error_code": "truncated", "error_message": "cut off"}
+        method, twin = METHODS[number % 2], number // 2
+        own = {"sample_id": f"{number:032x}", "method": method, "prompt": f"prompt {twin}", "seed": twin}
+        results.append(ResultRow.model_validate(base | own | ended))
+        values = {"motion": twin % 7 / 10 + number % 2 / 4, "tracks": "t" * 64} if ended["status"] == "ok" else {}
+        about = {name: value for name, value in results[-1].model_dump().items() if name in MetricRow.model_fields}
+        absent = json.dumps({"text_similarity": "no CLIP was given"})
+        metrics.append(MetricRow(**about, run=settings.run[0], absent=absent, **values))
+    for status, method in {(item.status, item.method) for item in results}:
+        part = [item for item in results if (item.status, item.method) == (status, method)]
+        write(folder / "out" / "results" / f"status={status}" / f"method={method}", part, ("status", "method"))
+    write(measure.folder_of(settings), metrics)
+    return settings
+
+
+def write(folder, rows, partitions=()):
+    Path(folder).mkdir(parents=True)
+    schema = pa.schema([field for field in type(rows[0]).arrow_schema() if field.name not in partitions])
+    values = [item.model_dump(exclude=set(partitions)) for item in rows]
+    pq.write_table(pa.Table.from_pylist(values, schema=schema), Path(folder) / "rows.parquet")
+
+
+def test_nothing_is_lost_between_results_tables_and_page(tmp_path):
+    settings = measured(tmp_path, 200)
+    summary = evaluate.run(settings, say=lambda line: None)
+    assert (summary["results"], summary["measured"], summary["failed"]) == (200, 180, 20)
+    assert summary["failed_by_code"] == {"truncated": 20}
+    assert summary["absent"] == {"text_similarity": "no CLIP was given"}
+    lines = (tmp_path / "eval" / "comparison.csv").read_text().splitlines()
+    assert [line.split(",")[:4] for line in lines[1:]] == [["none", "all", "80", "20"], ["fastvmt", "all", "100", "0"]]
+    page = (tmp_path / "eval" / "report.html").read_text()
+    assert set(re.findall(r'"([0-9a-f]{32})"', page)) >= {f"{number:032x}" for number in range(200)}
+
+
+def test_the_page_has_the_failures_first_when_there_are_too_many_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(evaluate, "REPORT_ROWS", 25)
+    settings = measured(tmp_path, 200)
+    evaluate.run(settings, say=lambda line: None)
+    page = (tmp_path / "eval" / "report.html").read_text()
+    shown = {int(found, 16) for found in re.findall(r'"(0{16}[0-9a-f]{16})"', page)}  # the page's nonce looks alike
+    assert len(shown) == 25 and shown >= set(range(0, 200, 10))
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
+    few, many = 1_000, 9_000
+    monkeypatch.setattr(evaluate, "REPORT_ROWS", 100)
+    peaks = []
+    for count in (few, many):
+        settings = measured(tmp_path / str(count), count)
+        tracemalloc.start()
+        evaluate.run(settings, say=lambda line: None)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    print(f"{(peaks[1] - peaks[0]) / (many - few):.0f} bytes a row, {peaks[0] / 2**20:.1f} MiB")
+    assert (peaks[1] - peaks[0]) / (many - few) < 1_000  # bytes a row: its id and its numbers, not the row
