@@ -1,6 +1,6 @@
 """A benchmark in one resumable command: references, manifest, adapters, videos, metrics, tables, page.
 
-OUT/references.parquet     the suite's clips with their prompts (procedural: OUT/world as well)
+OUT/references.parquet     the suite's clips with their prompts (procedural: OUT/world as well); suite.json says of which suite
 OUT/manifest/ OUT/run/ …   as plan and transfer write them, adapters in OUT/adapters
 OUT/evaluation/            as evaluate writes it
 OUT/comparison.csv         a line for every method; OUT/report.html the page
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import evaluate, plan, suites, synthesize, tables, transfer
-from pipelines.storage import Storage, join
+from pipelines.storage import Storage, absolute, join
 from schemas import (
     BenchSettings,
     EvaluateSettings,
@@ -25,20 +25,32 @@ from schemas import (
     Reference,
     SynthesizeSettings,
     TransferSettings,
+    UsageError,
 )
 from vmt_core.methods import METHODS
 from vmt_core.presets import native
+
+#: Settings that decide the references.
+_SUITE = ("suite", "clips", "quick", "height", "width", "frames", "fps")
 
 
 def run(settings: BenchSettings, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Makes and measures what is missing; returns the summary of the evaluation.
 
     Raises:
-        UsageError: an unknown suite or method, or a folder that is no benchmark.
+        UsageError: an unknown suite or method, a folder that is no benchmark, or another benchmark in the output.
         RunFailed: a step stopped before its end; the same command goes on from there.
     """
     storage = Storage(settings.storage)
-    table = join(settings.output, "references.parquet")
+    settings = settings.model_copy(update={"output": absolute(settings.output)})
+    table, about_suite = join(settings.output, "references.parquet"), join(settings.output, "suite.json")
+    wanted = json.dumps({name: getattr(settings, name) for name in _SUITE}, indent=2)
+    if storage.exists(about_suite) and (held := storage.read(about_suite).decode()) != wanted:
+        apart = [name for name, value in json.loads(held).items() if value != getattr(settings, name)]
+        raise UsageError(
+            f"--output {settings.output}: holds a benchmark with another {', '.join(apart)}; take another folder"
+        )
+    storage.write(about_suite, wanted.encode())
     if not storage.exists(table):
         clips = (
             _procedural(settings, say)
@@ -100,6 +112,6 @@ def _procedural(settings: BenchSettings, say: Callable[[str], None]) -> list[Ref
 
 def _write(storage: Storage, uri: str, clips: list[Reference]) -> None:
     sink = pa.BufferOutputStream()
-    rows = [clip.model_dump() for clip in clips]
+    rows = [clip.model_dump() | {"uri": absolute(clip.uri)} for clip in clips]
     pq.write_table(pa.Table.from_pylist(rows, schema=Reference.arrow_schema()), sink)
     storage.write(uri, sink.getvalue().to_pybytes())

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from pipelines.cluster import RunFailed
 from pipelines.storage import describe
-from schemas import JobSettings, UsageError, cli
+from schemas import JobSettings, RowError, UsageError, cli
 
 S = TypeVar("S", bound=JobSettings)
 
@@ -29,6 +29,8 @@ def main(
         summary = run(settings, lambda line: print(line, flush=True))
     except UsageError as error:
         cli.fail(*str(error).splitlines())
+    except RowError as error:  # of a place that was given in a flag
+        cli.fail(error.message)
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -29,12 +29,13 @@ from pipelines import cluster, lock, progress, report, tables
 from pipelines.cluster import RunFailed
 from pipelines.ledger import Ledger
 from pipelines.measure import COLUMNS, Measure, folder_of
-from pipelines.storage import Storage, join
-from schemas import EvaluateSettings, MetricRow, ResultRow, UsageError
+from pipelines.storage import Storage, absolute, join
+from schemas import ErrorCode, EvaluateSettings, MetricRow, ResultRow, UsageError
 from vmt_core.metrics.noncommercial import NOTICE
 
 REPORT_ROWS = 10_000  # of the page, failures first
 _DRAWN = 500  # of those, the ones whose tracks can be drawn over the videos
+_RESTARTS = 3  # of an actor that dies
 
 
 def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -45,26 +46,27 @@ def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[
         RunFailed: it stopped before its end; the same command goes on from there.
     """
     storage, began = Storage(settings.storage), time.monotonic()
-    found = {output: _results(storage, output) for output in settings.run}
-    for output, files in found.items():
-        if not files:
+    settings = settings.model_copy(
+        update={"run": list(dict.fromkeys(map(absolute, settings.run))), "output": absolute(settings.output)}
+    )
+    found = {output: Ledger(storage, output).done() for output in settings.run}
+    for output, results in found.items():
+        if not results:
             raise UsageError(f"--run {output}: has no results; make some with jobs/transfer.py")
     with lock.held(storage, join(settings.output, "run", "lock.json")):
         storage.write(join(settings.output, "run", "settings.json"), settings.model_dump_json(indent=2).encode())
-        done = measured(settings, storage)
-        counts = {output: _count(storage, files) for output, files in found.items()}
-        missing = sum(count - len(done.get(output, ())) for output, count in counts.items())
-        say(
-            f"{sum(counts.values())} results, {sum(counts.values()) - missing} measured before, {missing} to measure now"
-        )
+        done, count = mend(settings, storage, found), sum(map(len, found.values()))
+        missing = count - sum(map(len, done.values()))
+        say(f"{count} results, {count - missing} measured before, {missing} to measure now")
         if missing:
-            _measure(settings, storage, found, done, missing, say)
+            _measure(settings, storage, done, missing, say)
+            mend(settings, storage, found)
         lines = tables.compare(read(settings, storage), settings.baseline, settings.bootstrap)
         told, failed, absent = _tally(read(settings, storage))
         summary = {
             "finished_at": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - began, 3),
-            "results": sum(counts.values()),
+            "results": count,
             "measured": told - sum(failed.values()),
             "failed": sum(failed.values()),
             "failed_by_code": dict(failed.most_common()),
@@ -79,18 +81,22 @@ def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[
             "run/summary.json": json.dumps(summary, indent=2),
         }.items():
             storage.write(join(settings.output, name), text.encode())
-        title = {"title": "Evaluation", "finished_at": summary["finished_at"]}
+        title = {"title": "Evaluation", "ok": summary["measured"], "left": count - told} | {
+            name: summary[name] for name in ("finished_at", "failed", "failed_by_code")
+        }
         storage.write(
             join(settings.output, "report.html"), page(settings, storage, title, settings.output, lines).encode()
         )
         sink = pa.BufferOutputStream()
         pq.write_table(pacsv.read_csv(io.BytesIO(tables.to_csv(lines).encode())), sink)
         storage.write(join(settings.output, "comparison.parquet"), sink.getvalue().to_pybytes())
-    if told != summary["results"]:
-        raise RunFailed(f"{summary['results']} results, but {told} were measured; the same command goes on from there")
+    if told != count:
+        raise RunFailed(f"{count} results, but {told} were measured; the same command goes on from there")
     for line in lines:
         if line.category == tables.ALL:
             say(_line(line))
+    if all(line.method != settings.baseline for line in lines):
+        say(f"--baseline {settings.baseline}: no videos of it, so there are no differences")
     if failed:
         say(f"{summary['failed']} without metrics: {progress.codes(failed)}")
     for name, model in (("motion_fidelity", settings.cotracker), ("motion_smoothness", settings.amt)):
@@ -124,7 +130,7 @@ def page(
     metrics = {(row.run, row.sample_id): row for row in first}
     tracks = {
         (row.run, row.sample_id): {"tracks": row.tracks, "reference_tracks": row.reference_tracks}
-        for row in read(settings, storage, tracks_of={row.sample_id for row in first[:_DRAWN]})
+        for row in read(settings, storage, tracks_of=[row.sample_id for row in first if row.status == "ok"][:_DRAWN])
     }
     shown = []
     for run in settings.run:
@@ -147,36 +153,65 @@ def read(
     if tracks_of is None:
         columns = [name for name in columns if name not in ("tracks", "reference_tracks")]
     else:
-        chosen &= ds.field("sample_id").isin(list(tracks_of))
+        chosen &= ds.field("sample_id").isin(pa.array(tracks_of, pa.string()))
     if dataset is not None:
         for batch in dataset.to_batches(columns, filter=chosen, batch_size=1000):
             yield from (MetricRow.model_validate(values) for values in batch.to_pylist())
 
 
-def measured(settings: EvaluateSettings, storage: Storage) -> dict[str, set[str]]:
-    """Ids of the rows that are measured, by run."""
-    found: dict[str, set[str]] = {}
-    dataset = _dataset(settings, storage)
-    if dataset is not None:
-        for batch in dataset.to_batches(columns=["run", "sample_id"]):
-            for output, row in zip(batch["run"].to_pylist(), batch["sample_id"].to_pylist(), strict=True):
-                found.setdefault(output, set()).add(row)
-    return found
+def mend(
+    settings: EvaluateSettings, storage: Storage, results: Mapping[str, Mapping[str, str | None]]
+) -> dict[str, set[str]]:
+    """Ids of the rows that are measured, by run. Metrics that no longer agree with their result go, and second ones.
+
+    Args:
+        results: of each run, sample_id -> error code, or None for ok.
+    """
+    done: dict[str, set[str]] = {run: set() for run in results}
+    for uri in _files(settings, storage):
+        filesystem, path = storage.arrow(uri)
+        file = pq.ParquetFile(path, filesystem=filesystem)
+        keep = []
+        for row in file.read(["run", "sample_id", "status", "error_code", "video_uri"]).to_pylist():
+            run, sample = row["run"], row["sample_id"]
+            if run not in results:  # of an evaluation of other runs
+                keep.append(True)
+                continue
+            keep.append(sample in results[run] and sample not in done[run] and not _stale(row, results[run][sample]))
+            if keep[-1]:
+                done[run].add(sample)
+        if any(keep) and not all(keep):
+            sink = pa.BufferOutputStream()
+            pq.write_table(file.read().filter(pa.array(keep)), sink, compression="zstd")
+            storage.write(uri, sink.getvalue().to_pybytes())
+        elif not any(keep):
+            storage.delete(uri)
+    return done
+
+
+def _stale(row: Mapping[str, Any], result: str | None) -> bool:
+    """Whether a metric row says another thing than its result now does, or failed for a reason that may be gone."""
+    if result is not None:
+        return bool(row["error_code"] != result)
+    made = row["video_uri"] is not None  # when it was measured
+    return row["status"] == "failed" and (not made or ErrorCode(row["error_code"]).transient)
 
 
 def _measure(
-    settings: EvaluateSettings,
-    storage: Storage,
-    found: dict[str, list[str]],
-    done: dict[str, set[str]],
-    missing: int,
-    say: Callable[[str], None],
+    settings: EvaluateSettings, storage: Storage, done: dict[str, set[str]], missing: int, say: Callable[[str], None]
 ) -> None:
+    """Runs the pool over the results of every run.
+
+    Raises:
+        RunFailed: the engine gave up.
+    """
     with cluster.connected(settings.ray, (settings.measure,)):
-        cluster.quiet_data()
+        context = cluster.quiet_data()
+        context.execution_no_progress_timeout_s = settings.rows_per_block * settings.limits.row_seconds
         ended, failed, began, told = 0, 0, time.monotonic(), time.monotonic()
         try:
-            for output, files in found.items():
+            for output in settings.run:
+                files = [uri for uri in storage.find(join(output, "results")) if uri.endswith(".parquet")]
                 filesystem, _ = storage.arrow(files[0])
                 paths = [storage.arrow(file)[1] for file in files]
                 folders = Partitioning("hive", base_dir=storage.arrow(join(output, "results"))[1])
@@ -185,12 +220,14 @@ def _measure(
                     .repartition(target_num_rows_per_block=settings.rows_per_block)
                     .map_batches(
                         Measure,
-                        fn_constructor_args=(settings, output, frozenset(done.get(output, ()))),
+                        fn_constructor_args=(settings, output, frozenset(done[output])),
                         batch_size=settings.rows_per_block,
                         batch_format="pyarrow",
                         compute=ActorPoolStrategy(size=settings.measure.actors),
                         num_cpus=settings.measure.cpus,
                         num_gpus=settings.measure.gpus,
+                        max_restarts=_RESTARTS,
+                        max_task_retries=_RESTARTS,
                     )
                 )
                 for row in data.iter_rows():
@@ -201,24 +238,16 @@ def _measure(
                         left = progress.duration((missing - ended) / rate)
                         say(f"{ended}/{missing} videos · {failed} failed · {60 * rate:,.0f} videos/min · {left} left")
                         told = now
-        except (ray.exceptions.RayError, OSError) as error:
+        except Exception as error:
             raise RunFailed(f"{cluster.reason(error)[:500]}; the same command goes on from there") from error
 
 
-def _results(storage: Storage, output: str) -> list[str]:
-    return [uri for uri in storage.find(join(output, "results")) if uri.endswith(".parquet")]
-
-
-def _count(storage: Storage, files: list[str]) -> int:
-    total = 0
-    for file in files:
-        filesystem, path = storage.arrow(file)
-        total += pq.ParquetFile(path, filesystem=filesystem).metadata.num_rows
-    return total
+def _files(settings: EvaluateSettings, storage: Storage) -> list[str]:
+    return [uri for uri in storage.find(folder_of(settings)) if uri.endswith(".parquet")]
 
 
 def _dataset(settings: EvaluateSettings, storage: Storage) -> ds.Dataset | None:
-    files = [uri for uri in storage.find(folder_of(settings)) if uri.endswith(".parquet")]
+    files = _files(settings, storage)
     if not files:
         return None
     filesystem, _ = storage.arrow(files[0])

@@ -7,6 +7,7 @@ becomes that row's failure in the run.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,11 +17,12 @@ import pyarrow.parquet as pq
 from pydantic import ValidationError
 
 from pipelines import adapters
-from pipelines.storage import Storage, join
+from pipelines.storage import Storage, absolute, join
 from schemas import AdapterRow, ManifestRow, UsageError, sample_id
 from vmt_core.methods import VIDEO_VERSION, build
 
 _SHOWN_FAULTS = 10
+_PART = re.compile(r"part-\d{5,}\.parquet")
 
 
 @dataclass
@@ -90,19 +92,24 @@ def check(
 
 
 def write(storage: Storage, folder: str, rows: Sequence[ManifestRow], *, rows_per_file: int = 50_000) -> list[str]:
-    """Writes rows as a manifest, in order; earlier Parquet files of the folder are replaced."""
-    old = set(storage.find(folder))
+    """Writes rows as a manifest, in order; it replaces the one that lies in the folder, and nothing else there.
+
+    Raises:
+        UsageError: other Parquet files are there, which would be read as part of the manifest.
+    """
+    old = {uri for uri in storage.find(folder) if uri.endswith(".parquet")}
+    if others := [uri for uri in sorted(old) if not _PART.fullmatch(uri.removeprefix(absolute(folder) + "/"))]:
+        raise UsageError(f"--output {folder}: holds {others[0]}, which is no manifest; take a folder of its own")
     written = []
     for part, begin in enumerate(range(0, len(rows), rows_per_file)):
         values = [row.model_dump() for row in rows[begin : begin + rows_per_file]]
         sink = pa.BufferOutputStream()
         table = pa.Table.from_pylist(values, schema=ManifestRow.arrow_schema())
         pq.write_table(table, sink, row_group_size=5_000)
-        written.append(join(folder, f"part-{part:05d}.parquet"))
+        written.append(join(absolute(folder), f"part-{part:05d}.parquet"))
         storage.write(written[-1], sink.getvalue().to_pybytes())
     for uri in old - set(written):
-        if uri.endswith(".parquet"):
-            storage.delete(uri)
+        storage.delete(uri)
     return written
 
 

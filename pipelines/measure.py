@@ -35,15 +35,27 @@ _COMMON = (
 )  # fmt: skip
 _MOST_WEIGHTS = 2**30  # bytes of a file of weights
 _SECONDS = ("seconds_encode", "seconds_transfer", "seconds_finish")
+_SAMPLING = ("steps", "shift", "guidance_scale", "negative_prompt", "height", "width", "dtype")
+#: What decides a video beside the method.
+_PAIR = (
+    "reference_digest",
+    "start_frame",
+    "end_frame",
+    "fps",
+    "frames",
+    "prompt",
+    "seed",
+    "model_revision",
+    *_SAMPLING,
+)
 #: Columns of a result row that are needed.
-COLUMNS = (*_COMMON, *_SECONDS, "error_code", "error_message", "reference_video_uri", "frames", "height", "width", "fps",
-           "start_frame")  # fmt: skip
+COLUMNS = tuple(dict.fromkeys((*_COMMON, *_PAIR, *_SECONDS, "error_code", "error_message", "reference_video_uri")))
 
 
 def suite_of(settings: EvaluateSettings) -> str:
     """What decides the values: versions of the metrics, and the models; JSON."""
     given = {name: getattr(settings, name) for name in MeasuringSettings.model_fields}
-    return json.dumps({"metrics": VERSIONS, "models": given}, sort_keys=True)
+    return json.dumps({"metrics": VERSIONS, "models": given, "rows": 2}, sort_keys=True)  # 2: pair and sampling
 
 
 def folder_of(settings: EvaluateSettings) -> str:
@@ -84,6 +96,8 @@ class Measure:
         seconds = [row[name] for name in _SECONDS if row[name] is not None]
         common = {name: row[name] for name in _COMMON} | {
             "run": self.run,
+            "pair": hashlib.sha256(json.dumps([row[name] for name in _PAIR]).encode()).hexdigest()[:32],
+            "sampling": json.dumps({name: row[name] for name in _SAMPLING}),
             "seconds": sum(seconds) if seconds else None,
             "suite": suite_of(self.settings),
         }
@@ -105,6 +119,9 @@ class Measure:
             return MetricRow(
                 **common, status="failed", error_code="storage_unavailable", error_message=str(error)[:2000]
             )
+        except Exception as error:
+            message = f"{type(error).__name__}: {error}"[:2000]
+            return MetricRow(**common, status="failed", error_code="internal", error_message=message)
         return MetricRow(**common, **values, **drawn, status="ok", exact=scene is not None, absent=json.dumps(reasons))
 
     def _read(self, row: dict[str, Any], uri: str, local: Path) -> tuple[Frames, dict[str, str]]:

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipelines.storage import Storage, join, scheme
+from pipelines.storage import Storage, absolute, join, scheme
 from vmt_core.backbone import weights
 
 _WEIGHTS = (".json", ".safetensors", ".model", ".txt")
@@ -62,6 +62,11 @@ def local(model: str, storage: Storage) -> str:
             finally:
                 shutil.rmtree(loading, ignore_errors=True)
     return str(target)
+
+
+def anywhere(model: str) -> str:
+    """A model's name that means the same in every directory."""
+    return absolute(model) if scheme(model) == "file" and Path(model).expanduser().is_dir() else model
 
 
 def _objects(model: str, storage: Storage) -> dict[str, dict[str, object]]:

@@ -14,7 +14,7 @@ import ray
 from ray.data import ActorPoolStrategy
 
 from pipelines import cluster, models
-from pipelines.storage import Storage, join
+from pipelines.storage import Storage, StorageUnavailable, join
 from schemas import AdapterRow, RowError, TuneSettings
 from schemas.errors import ErrorCode
 from vmt_core import video
@@ -57,7 +57,10 @@ def prepare_all(
             num_gpus=settings.training.prepare.gpus,
         )
     )
-    prepared = {row["adapter_id"]: AdapterRow.model_validate(row) for row in data.take_all()}
+    try:
+        prepared = {row["adapter_id"]: AdapterRow.model_validate(row) for row in data.take_all()}
+    except Exception as error:
+        raise cluster.RunFailed(f"{cluster.reason(error)[:500]}; the same command goes on from there") from error
     return [prepared.get(row.adapter_id, row) for row in rows]
 
 
@@ -106,6 +109,8 @@ class Prepare:
                 return row
         except RowError as error:
             failure = {"error_code": error.code, "error_message": error.message[:2000]}
+        except StorageUnavailable as error:
+            failure = {"error_code": ErrorCode.STORAGE_UNAVAILABLE, "error_message": str(error)[:2000]}
         except Exception as error:
             failure = {"error_code": ErrorCode.INTERNAL, "error_message": f"{type(error).__name__}: {error}"[:2000]}
         return row.model_copy(update={"status": "failed", **failure})

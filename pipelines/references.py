@@ -89,9 +89,12 @@ def _lines(storage: Storage, uri: str) -> Iterable[dict[str, Any]]:
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip():
             try:
-                yield json.loads(line)
+                values = json.loads(line)
             except ValueError as error:
                 raise ValueError(f"line {number}: not JSON: {error}") from error
+            if not isinstance(values, dict):
+                raise ValueError(f"line {number}: not an object: {line:.60}")
+            yield values
 
 
 def _parquet(storage: Storage, uri: str) -> Iterable[dict[str, Any]]:

@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import posixpath
 import re
 import shlex
 from collections import Counter
@@ -98,6 +99,10 @@ def link(uri: str | None, output: str, place: str = "run") -> str | None:
         inside = uri.removeprefix(output.rstrip("/") + "/")
         if inside != uri and not {"", ".", ".."} & set(inside.split("/")):
             return ("../" if place else "") + quote(inside, safe="/=", errors="replace")
+        here, there = output.rstrip("/").split("/"), uri.split("/")
+        if here[:3] == there[:3] and not {"", ".", ".."} & set(there[3:]):  # elsewhere in the same bucket
+            page = "/".join([*here[3:], place]).strip("/") or "."
+            return quote(posixpath.relpath("/".join(there[3:]), page), safe="/=", errors="replace")
     elif not _scheme(uri):
         root, target = os.path.abspath(output), os.path.abspath(uri)
         if os.path.commonpath((root, target)) == root or not os.path.isabs(uri):

@@ -84,13 +84,13 @@ class Encode(Stage):
     def _reference(self, backbone: Backbone, row: Row) -> tuple[bytes, str] | RowError:
         """Latents of a row's reference, and where the clip lies as the model sees it. A permanent error is kept as well."""
         limits, uri = self.settings.limits, row["reference_uri"]
-        local = Path()
+        if scheme(uri) not in limits.schemes:
+            allowed = ", ".join(limits.schemes)
+            return RowError(
+                ErrorCode.SCHEME_FORBIDDEN, f"{uri}: scheme {scheme(uri)!r} is not in limits.schemes ({allowed})"
+            )
+        local = Path("reference")
         try:
-            if scheme(uri) not in limits.schemes:
-                allowed = ", ".join(limits.schemes)
-                raise RowError(
-                    ErrorCode.SCHEME_FORBIDDEN, f"{uri}: scheme {scheme(uri)!r} is not in limits.schemes ({allowed})"
-                )
             with tempfile.TemporaryDirectory(prefix="vmt-") as folder:
                 local = Path(folder) / "reference"
                 self.storage.fetch(

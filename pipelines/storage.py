@@ -264,7 +264,9 @@ def join(uri: str, *parts: str) -> str:
 
 def absolute(uri: str) -> str:
     """A URI that means the same wherever it is read: local paths become absolute."""
-    return str(Path(uri.removeprefix("file://")).expanduser().absolute()) if scheme(uri) == "file" else uri
+    return (
+        os.path.abspath(os.path.expanduser(uri.removeprefix("file://"))) if scheme(uri) == "file" else uri.rstrip("/")
+    )
 
 
 def _socket(timeout_s: float, address: tuple[Any, ...]) -> socket.socket:

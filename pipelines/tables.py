@@ -36,7 +36,7 @@ BETTER: dict[str, bool | None] = {
 ALL = "all"
 
 _Array = np.ndarray[Any, Any]
-_Variant = tuple[str, str, str]  # run, method, its settings as JSON
+_Variant = tuple[str, str, str, str]  # run, method, its settings and those of the sampling as JSON
 
 #: Table 1 of FastVMT (arXiv 2602.05551). Other clips, other hardware, unstated CLIP: not comparable in absolute terms.
 PUBLISHED = (
@@ -97,7 +97,8 @@ class _Columns:
     categories: list[str]
     variant: _Array  # place in variants
     category: _Array  # place in categories, -1 for none
-    pair: _Array  # a number for each reference, prompt, seed and model: what two methods' videos have in common that are compared
+    pair: _Array  # a number for what two methods' videos have in common that are compared
+    run: _Array  # a number for each run
     ok: _Array
     values: _Array  # (rows, metrics), nan where there is none
 
@@ -109,19 +110,20 @@ def compare(rows: Iterable[MetricRow], baseline: str, draws: int = 2000) -> list
     """
     table = _columns(rows)
     names = label(table.variants)
-    ordered = sorted(set(names.values()), key=lambda name: (name.split(" ")[0] != baseline, name))
+    methods = {name: method for (_, method, *_), name in names.items()}
+    ordered = sorted(methods, key=lambda name: (methods[name] != baseline, name))
     place = np.array([ordered.index(names[variant]) for variant in table.variants], int)[table.variant]
-    methods = {name: method for (_, method, _), name in names.items()}
     lines = []
+    is_base = np.array([methods[name] == baseline for name in ordered], bool)
     for category in [ALL, *sorted(table.categories)]:
         inside = category == ALL or table.category == table.categories.index(category)
-        base = np.flatnonzero(inside & table.ok & (place == ordered.index(baseline))) if baseline in ordered else ()
+        base = np.flatnonzero(inside & table.ok & is_base[place])
         for number, name in enumerate(ordered):
             mine = inside & (place == number)
             if not mine.any():
                 continue
             ok = np.flatnonzero(mine & table.ok)
-            twins = _twins(table.pair, ok, () if name == baseline else base)
+            twins = _twins(table, ok, base[:0] if methods[name] == baseline else base)
             cells = {}
             for at, metric in enumerate(BETTER):
                 column = table.values[:, at]
@@ -136,19 +138,25 @@ def compare(rows: Iterable[MetricRow], baseline: str, draws: int = 2000) -> list
 def label(variants: Iterable[_Variant]) -> dict[_Variant, str]:
     """A name for every variant: the method, and what sets it apart from the same method's others."""
     variants = sorted(variants)
-    runs = {run for run, _, _ in variants}
+    runs = {run for run, *_ in variants}
+    short = {run: run.rstrip("/").rsplit("/", 1)[-1] for run in runs}
+    if len(set(short.values())) < len(runs):
+        short = {run: run for run in runs}
     names = {}
-    for run, method, settings in variants:
-        twins = [_flat(json.loads(other)) for _, name, other in variants if name == method]
-        mine = _flat(json.loads(settings))
+    for variant in variants:
+        run, method = variant[:2]
+        twins = [_settings(other) for other in variants if other[1] == method]
+        mine = _settings(variant)
         apart = [key for key in sorted(mine) if any(twin.get(key) != mine[key] for twin in twins)]
         parts = [method, *(f"{key}={mine[key]}" for key in apart)]
-        if len(runs) > 1 and any(
-            other != run and (name, value) == (method, settings) for other, name, value in variants
-        ):
-            parts.append(f"({run.rstrip('/').rsplit('/', 1)[-1]})")
-        names[run, method, settings] = " ".join(parts)
+        if any(other[0] != run and other[1:] == variant[1:] for other in variants):
+            parts.append(f"({short[run]})")
+        names[variant] = " ".join(parts)
     return names
+
+
+def _settings(variant: _Variant) -> dict[str, Any]:
+    return _flat(json.loads(variant[3])) | _flat(json.loads(variant[2]))
 
 
 def interval(values: _Array, draws: int) -> tuple[float, float]:
@@ -263,23 +271,24 @@ def _columns(rows: Iterable[MetricRow]) -> _Columns:
     variants: dict[_Variant, int] = {}
     categories: dict[str, int] = {}
     places, keys, ok, values = array("i"), array("Q"), array("b"), array("d")
+    runs: dict[str, int] = {}
     for row in rows:
-        variant = variants.setdefault((row.run, row.method, row.method_settings), len(variants))
+        variant = variants.setdefault((row.run, row.method, row.method_settings, row.sampling), len(variants))
         category = categories.setdefault(row.category, len(categories)) if row.category else -1
-        places.extend((variant, category))
-        pair = (row.reference_digest, row.reference_uri, row.prompt, row.seed, row.model_revision)
-        keys.extend((_number(row.run, row.sample_id), _number(*pair)))
+        places.extend((variant, category, runs.setdefault(row.run, len(runs))))
+        keys.extend((_number(row.run, row.sample_id), _number(row.pair)))
         ok.append(row.status == "ok")
         values.extend(math.nan if (value := getattr(row, metric)) is None else value for metric in BETTER)
     key, pair = np.array(keys, np.uint64).reshape(-1, 2).T
     order = np.argsort(key)
-    variant, category = np.array(places, int).reshape(-1, 2)[order].T
+    variant, category, run = np.array(places, int).reshape(-1, 3)[order].T
     return _Columns(
         list(variants),
         list(categories),
         variant,
         category,
         pair[order],
+        run,
         np.array(ok, bool)[order],
         np.array(values).reshape(-1, len(BETTER))[order],
     )
@@ -290,13 +299,15 @@ def _number(*parts: Any) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode("utf-8", "surrogatepass"), digest_size=8).digest())
 
 
-def _twins(pair: _Array, rows: _Array, base: _Array | tuple[()]) -> _Array:
-    """For each of `rows`, the row of `base` of the same pair; -1 if there is none."""
-    if not len(base):
-        return np.full(len(rows), -1)
-    ordered = np.asarray(base)[np.argsort(pair[base], kind="stable")]
-    found = ordered[np.searchsorted(pair[ordered], pair[rows]).clip(max=len(ordered) - 1)]
-    twins: _Array = np.where(pair[found] == pair[rows], found, -1)
+def _twins(table: _Columns, rows: _Array, base: _Array) -> _Array:
+    """For each of `rows`, the row of `base` of the same pair, rather one of its own run; -1 if there is none."""
+    twins: _Array = np.full(len(rows), -1)
+    for run in np.unique(table.run[base]):  # any run's, then its own
+        part = base[table.run[base] == run]
+        part = part[np.argsort(table.pair[part], kind="stable")]
+        found = part[np.searchsorted(table.pair[part], table.pair[rows]).clip(max=len(part) - 1)]
+        same = table.pair[found] == table.pair[rows]
+        twins = np.where(same & ((twins < 0) | (table.run[rows] == run)), found, twins)
     return twins
 
 

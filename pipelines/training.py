@@ -62,13 +62,13 @@ def train_adapter(settings: TuneSettings, storage: Storage, row: AdapterRow, *, 
         ),
     )
     try:
-        metrics = trainer.fit().metrics or {}
+        fault = trainer.fit().return_value
     except Exception as error:
         raise RowError(
             ErrorCode.CRASHED, f"its workers died {settings.training.attempts} times: {describe(error)[-1500:]}"
         ) from error
-    if "error_code" in metrics:
-        raise RowError(ErrorCode(metrics["error_code"]), metrics["error_message"])
+    if fault is not None:
+        raise RowError(ErrorCode(fault[0]), fault[1])
     about = json.loads(storage.read(join(folder, files.DONE)))
     for leftover in storage.find(join(settings.output, "run", "training", row.adapter_id)):
         storage.delete(leftover)
@@ -83,13 +83,19 @@ def train_adapter(settings: TuneSettings, storage: Storage, row: AdapterRow, *, 
     }
 
 
-def _worker(config: dict[str, Any]) -> None:
-    """One process; a fault that a repetition would meet again is reported, not raised."""
+def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
+    """One process; a fault that a repetition would meet again is returned (code and message), not raised."""
     try:
         _train(**config)
-    except (FloatingPointError, ValueError) as error:
-        code = ErrorCode.NON_FINITE if isinstance(error, FloatingPointError) else ErrorCode.ADAPTER_UNFIT
-        ray.train.report({"error_code": code.value, "error_message": str(error)[:2000]})
+    except FloatingPointError as error:
+        return ErrorCode.NON_FINITE.value, str(error)[:2000]
+    except ValueError as error:
+        return ErrorCode.ADAPTER_UNFIT.value, str(error)[:2000]
+    except RowError as error:
+        if error.code.transient:
+            raise
+        return error.code.value, error.message[:2000]
+    return None
 
 
 def _train(settings: TuneSettings, row: AdapterRow, folder: str, gpus: bool) -> None:

@@ -22,7 +22,7 @@ from pipelines import cluster, lock, manifest, models, progress, report, tune
 from pipelines.cluster import RunFailed
 from pipelines.ledger import ID, PARTITIONS, Ledger
 from pipelines.stage import begin
-from pipelines.storage import Storage, join
+from pipelines.storage import Storage, absolute, join
 from pipelines.tracker import Tracker
 from schemas import ManifestRow, ResultRow, StageSettings, TransferSettings, TuneSettings, UsageError
 from vmt_core.adapters import files
@@ -46,6 +46,8 @@ def run(settings: TransferSettings, say: Callable[[str], None] = print) -> dict[
         RunFailed: it stopped before its end; the same command goes on from there.
     """
     storage = Storage(settings.storage)
+    places = {name: absolute(place) for name in ("output", "adapters") if (place := getattr(settings, name))}
+    settings = settings.model_copy(update=places)  # actors of a running cluster have another directory
     started = datetime.now(UTC)
     try:
         revision = models.revision(settings.model, storage)

@@ -23,6 +23,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import ray
+from pydantic import ValidationError
 
 from pipelines import cluster, lock, models, progress
 from pipelines.cluster import RunFailed
@@ -113,19 +114,23 @@ def tune(
     if settings.training.wandb and importlib.util.find_spec("wandb") is None:
         raise UsageError("--training.wandb: the package is not installed; pip install wandb")
     config = models.config(settings.model, storage)
+    # Workers of Ray Train have a directory of their own.
+    settings = settings.model_copy(
+        update={"output": absolute(settings.output), "model": models.anywhere(settings.model)}
+    )
     _workers_share(wanted, settings.training.workers_per_reference)
     done = index(storage, settings.output)
     if settings.retry_failed:
         done = {key: row for key, row in done.items() if row.status == "ok"}
-    for row in wanted:
-        if row.status == "failed" and row.adapter_id not in done:
-            _keep(storage, settings.output, row)
     missing = [row for row in wanted if row.status == "planned" and row.adapter_id not in done]
     chosen = missing[: settings.limit]
     say(f"{len(wanted)} references, {len(wanted) - len(missing)} done before, {len(chosen)} to tune now")
     say(estimate(chosen, config, settings))
     if settings.dry_run:
         return {"planned": len(chosen), "failed": 0}
+    for row in wanted:
+        if row.status == "failed" and row.adapter_id not in done:
+            _keep(storage, settings.output, row)
     began = time.monotonic()
     if chosen:
         worker = StageSettings(
@@ -227,17 +232,21 @@ def estimate(chosen: list[AdapterRow], config: dict[str, Any], settings: TuneSet
 
 def _row(common: dict[str, Any], reference: Reference, settings: TuneSettings, clip: Clip | None) -> AdapterRow:
     caption = reference.caption or settings.caption or ""
-    row = AdapterRow.planned(
-        **common,
-        reference_uri=absolute(reference.uri),
-        reference_digest=clip.digest if clip else f"unread {reference.uri}",
-        start_frame=reference.start_frame,
-        end_frame=reference.end_frame,
-        fps=clip.fps if clip else reference.fps or 1.0,
-        frames=clip.frames if clip else 0,
-        caption=caption,
-        category=reference.category,
-    )
+    try:
+        row = AdapterRow.planned(
+            **common,
+            reference_uri=absolute(reference.uri),
+            reference_digest=clip.digest if clip else f"unread {reference.uri}",
+            start_frame=reference.start_frame,
+            end_frame=reference.end_frame,
+            fps=clip.fps if clip else reference.fps or 1.0,
+            frames=clip.frames if clip else 0,
+            caption=caption,
+            category=reference.category,
+        )
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise UsageError(f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r:.60})") from error
     if clip and not caption.strip():
         error = RowError(
             ErrorCode.CAPTION_EMPTY,
@@ -265,7 +274,7 @@ def _train_all(settings: TuneSettings, storage: Storage, chosen: list[AdapterRow
 
     at_once = min(len(chosen), settings.training.at_once or _room(settings)) or 1
     began, ended, failures = time.monotonic(), 0, 0
-    told = threading.Lock()
+    told, stopping = threading.Lock(), threading.Event()
 
     def one(row: AdapterRow) -> None:
         nonlocal ended, failures
@@ -274,6 +283,8 @@ def _train_all(settings: TuneSettings, storage: Storage, chosen: list[AdapterRow
                 update={"status": "ok", **train_adapter(settings, storage, row, gpus=uses_gpus(settings))}
             )
         except RowError as error:
+            if stopping.is_set():  # Ray was shut down under it: that says nothing of the reference
+                return
             finished = row.model_copy(update=_failure(error))
         _keep(storage, settings.output, finished)
         with told:
@@ -284,16 +295,18 @@ def _train_all(settings: TuneSettings, storage: Storage, chosen: list[AdapterRow
                 f"{progress.duration((len(chosen) - ended) / rate)} left  {failures} failed"
             )
 
-    with ThreadPoolExecutor(max_workers=at_once, thread_name_prefix="tune") as pool:
-        futures = [pool.submit(one, row) for row in chosen]
-        try:
-            for future in futures:
-                future.result()
-        except BaseException as error:
-            pool.shutdown(wait=False, cancel_futures=True)
-            if isinstance(error, Exception):
-                raise RunFailed(f"{describe(error)}; the same command goes on from there") from error
-            raise
+    pool = ThreadPoolExecutor(max_workers=at_once, thread_name_prefix="tune")
+    futures = [pool.submit(one, row) for row in chosen]
+    try:
+        for future in futures:
+            future.result()
+    except BaseException as error:
+        stopping.set()
+        if isinstance(error, Exception):
+            raise RunFailed(f"{describe(error)}; the same command goes on from there") from error
+        raise
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # what still runs ends with Ray
 
 
 def _room(settings: TuneSettings) -> int:

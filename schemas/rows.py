@@ -253,6 +253,10 @@ class MetricRow(Row):
     video_uri: str | None = None
     model: str
     model_revision: str
+    pair: str = Field(
+        description="digest of what methods have in common that are compared: clip, prompt, seed, sampling"
+    )
+    sampling: str = Field(description="JSON: steps, sizes and scales, which a method's videos share that are averaged")
     seconds: float | None = Field(default=None, description="of all stages, the tuning not counted")
     evaluations: int | None = None
     motion: float | None = None

@@ -45,7 +45,7 @@ class Guidance(BaseModel):
 
     def guided_steps(self, steps: int) -> int:
         """How many of `steps` denoising steps are guided."""
-        return math.ceil(self.span * steps)
+        return math.ceil(self.span * steps - 1e-9)  # 0.14 * 50 is a little more than 7
 
     def learning_rates(self, step: int, steps: int) -> list[float]:
         """Learning rates of the inner updates of a guided step: lr_j = a + (b - a) j / inner, or a + (b - a) i / guided."""

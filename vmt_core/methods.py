@@ -17,7 +17,7 @@ from vmt_core.motion.amf import FullAMF, WindowedAMF
 
 PRESETS = ("default", "paper", "nano")  # of the guided methods; tuned ones also have `code`
 #: Bumped whenever a change of this package alters the videos: part of every row's identity.
-VIDEO_VERSION = 2
+VIDEO_VERSION = 3
 
 Group = Mapping[str, Any] | None
 
@@ -74,13 +74,12 @@ def fastvmt(preset: str = "default", *, objective: Group = None, guidance: Group
         "nano": {"block": 5, "window": 9},
     }
     guidances: dict[str, dict[str, Any]] = {"paper": {"level": "step"}}
-    starts: dict[str, dict[str, Any]] = {"paper": {"kind": "sdedit", "strength": 0.92}}
     return Method(
         name="fastvmt",
         guidance=Guidance(
             objective=WindowedAMF(**_choose(objectives, preset, objective)), **_choose(guidances, preset, guidance)
         ),
-        start=Start(**_choose(starts, preset, start)),
+        start=Start(**_choose({}, preset, start)),
     )
 
 
@@ -112,6 +111,8 @@ def follow_your_motion(
     With `guidance` or `objective` (an empty one will do) sampling is guided as by `fastvmt`, too.
     """
     values = dict(adapter or {})
+    if preset in ("paper", "code"):  # both keep the reference's looks
+        values.setdefault("spatial_scale", 1.0)
     values["tuning"] = FollowYourMotion.preset(preset, **values.get("tuning", {}))
     guided = None
     if objective is not None or guidance is not None:

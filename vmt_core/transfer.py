@@ -1,7 +1,7 @@
 """MotionTransfer: the class that a notebook user meets.
 
     transfer = MotionTransfer(Backbone.load("wan-nano"), METHODS["fastvmt"](preset="nano"))
-    artifact = transfer.prepare(read_video("clip.mp4", …))          # once per reference
+    artifact = transfer.prepare(video.read("clip.mp4", …))          # once per reference
     videos   = transfer.transfer(artifact, ["a red ball"], seeds=[0])
 
 The pipeline runs the same steps in three actors: `Backbone.encode` and `caption`, then `describe` and `denoise`, then `decode`.
@@ -43,26 +43,26 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Artifact:
-    """What is kept of a reference: its latents, the empty caption, and its motion as the method's objective sees it."""
+    """What is kept of a reference: its latents, the empty caption, and its motion as the method's objective (JSON) sees it."""
 
     latents: Latents
     empty: Text
     motion: Motion = field(default_factory=dict)
-    method: str = "none"
+    objective: str = ""
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file."""
         tensors = {"latents": self.latents, "empty": self.empty} | {f"motion.{k}": v for k, v in self.motion.items()}
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, path, metadata={"method": self.method})
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, path, metadata={"objective": self.objective})
 
     @classmethod
     def load(cls, path: str | Path) -> Artifact:
         """Reads what `save` wrote."""
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            method = (file.metadata() or {}).get("method", "none")
+            objective = (file.metadata() or {}).get("objective", "")
         motion = {name.removeprefix("motion."): value for name, value in tensors.items() if name.startswith("motion.")}
-        return cls(tensors["latents"], tensors["empty"], motion, method)
+        return cls(tensors["latents"], tensors["empty"], motion, objective)
 
 
 @dataclass(frozen=True)
@@ -130,22 +130,36 @@ class MotionTransfer:
         if guidance is not None and guidance.level == "clean":
             with self._adapted():
                 motion = self._motion(guidance, latents.to(self.backbone.device), sigma=0.0, empty=empty)
-        return Artifact(latents, empty, motion, self.method.name)
+        return Artifact(latents, empty, motion, self._objective())
+
+    def _objective(self) -> str:
+        """What an artifact's motion depends on, as JSON; empty if the method keeps none in it."""
+        guidance = self.method.guidance
+        return guidance.objective.model_dump_json() if guidance is not None and guidance.level == "clean" else ""
 
     def transfer(
-        self, artifact: Artifact, prompts: Sequence[str], seeds: Sequence[int], negative_prompt: str = ""
+        self,
+        artifact: Artifact,
+        prompts: Sequence[str],
+        seeds: Sequence[int],
+        negative_prompt: str = "",
+        batch: int = 1,
     ) -> list[Frames]:
-        """Videos for every prompt with every seed, prompt-major; each (T, 3, H, W) uint8."""
+        """Videos for every prompt with every seed, prompt-major; each (T, 3, H, W) uint8. `batch` of them are denoised together."""
         pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
         captions = {prompt: self.backbone.caption(prompt) for prompt in prompts}
         negative = self.backbone.caption(negative_prompt)
-        denoised = self.denoise(
-            [artifact] * len(pairs),
-            [captions[prompt] for prompt, _ in pairs],
-            [negative] * len(pairs),
-            [seed for _, seed in pairs],
-        )
-        return [self.backbone.decode(latents) for latents in denoised.latents]
+        videos: list[Frames] = []
+        for start in range(0, len(pairs), batch):
+            some = pairs[start : start + batch]
+            denoised = self.denoise(
+                [artifact] * len(some),
+                [captions[prompt] for prompt, _ in some],
+                [negative] * len(some),
+                [seed for _, seed in some],
+            )
+            videos += [self.backbone.decode(latents) for latents in denoised.latents]
+        return videos
 
     def denoise(
         self, artifacts: Sequence[Artifact], texts: Sequence[Text], negatives: Sequence[Text], seeds: Sequence[int]
@@ -153,7 +167,15 @@ class MotionTransfer:
         """Latents of a batch of rows of one size; each row has its own reference, caption, seed and guidance.
 
         A row's result does not depend on its neighbours: its noise comes from a CPU generator of its seed alone.
+
+        Raises:
+            ValueError: an artifact's motion was described for another objective.
         """
+        wanted = self._objective()
+        if wanted and (others := {artifact.objective for artifact in artifacts} - {wanted}):
+            raise ValueError(
+                f"an artifact was described for {others.pop() or 'no objective'}, not for {wanted}; prepare it with this MotionTransfer"
+            )
         device = self.backbone.device
         draws = [noise(seed, artifact.latents.shape, draws=2) for artifact, seed in zip(artifacts, seeds, strict=True)]
         latents = torch.stack([eps for eps, _ in draws]).to(device)

@@ -187,3 +187,18 @@ def test_a_folder_of_parquet_files_is_one_table(settings, clips, tmp_path):
         ("line.mp4", "line"),
         ("pan.mp4", "pan"),
     }
+
+
+def test_a_folder_that_holds_other_tables_is_left_as_it_is(settings, tmp_path):
+    other = tmp_path / "out" / "results" / "status=ok" / "rows.parquet"
+    other.parent.mkdir(parents=True)
+    pq.write_table(pa.table({"sample_id": ["a"]}), other)
+    message, _ = refused(settings(output=str(tmp_path / "out")))
+    assert f"holds {other}, which is no manifest; take a folder of its own" in message
+    assert other.exists() and len(list((tmp_path / "out").rglob("*.parquet"))) == 1
+
+
+def test_a_shorter_plan_replaces_a_longer_one(settings, monkeypatch):
+    monkeypatch.setattr(plan.manifest.write, "__kwdefaults__", {"rows_per_file": 3})
+    assert len(planned(settings(seeds=(0, 1)))) == 16
+    assert len(planned(settings(methods=("none",)))) == 4

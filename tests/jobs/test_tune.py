@@ -40,11 +40,11 @@ def captioned(clips):
 
 @pytest.fixture(scope="module")
 def tuned(model, captioned, tmp_path_factory):
-    """OUT of a run over both, and what it printed."""
+    """OUT of a run over both, and what it printed. Places are relative: workers have another directory."""
     output = tmp_path_factory.mktemp("tune") / "out"
     code, text = jobs.run(
         "tune",
-        *flags(model, captioned, output),
+        *flags(os.path.relpath(model), os.path.relpath(captioned), os.path.relpath(output)),
         "--training.export",
         "comfyui,merged",
         "--training.sample-every",
@@ -110,9 +110,24 @@ def test_bad_references_become_failed_rows_and_the_rest_goes_on(model, clips, tm
     assert "has no caption; give one in a references table, or --caption" in text
 
 
+def test_a_training_that_breaks_is_a_failed_row_that_says_why(model, clips, tmp_path):
+    table = tmp_path / "references.csv"
+    table.write_text(f"uri,caption\n{clips / 'line.mp4'},a red circle\n")
+    command = flags(model, table, tmp_path / "out", spatial={"steps": 9, "learning_rate": 1e30, "warmup": 0})
+    code, text = jobs.run("tune", *command)
+    assert code == 3, text
+    assert "0 adapters, 1 failed, 0 left" in text
+    (row,) = rows(tmp_path / "out")
+    assert row.error_code == "non_finite", row.error_message
+    code, text = jobs.here("tune", *command)
+    assert code == 3
+    assert "1 done before, 0 to tune now" in text
+
+
 @pytest.mark.parametrize(
     ("extra", "words"),
     [
+        (["--height", "100"], "height: "),
         (["--tuning", '{"rank": 0}'], "rank"),
         (["--method", "fastvmt"], "--method 'fastvmt' is not one of follow_your_motion"),
         (["--preset", "best"], "preset 'best' is not one of default, paper, code, nano"),

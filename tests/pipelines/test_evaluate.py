@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipelines import evaluate, measure
+from pipelines.storage import Storage
 from schemas import EvaluateSettings, MetricRow, ResultRow
 from support.jobs import row
 
@@ -30,6 +31,7 @@ def measured(folder, count):
         values = {"motion": twin % 7 / 10 + number % 2 / 4, "tracks": "t" * 64} if ended["status"] == "ok" else {}
         about = {name: value for name, value in results[-1].model_dump().items() if name in MetricRow.model_fields}
         absent = json.dumps({"text_similarity": "no CLIP was given"})
+        about |= {"pair": str(twin), "sampling": "{}"}
         metrics.append(MetricRow(**about, run=settings.run[0], absent=absent, **values))
     for status, method in {(item.status, item.method) for item in results}:
         part = [item for item in results if (item.status, item.method) == (status, method)]
@@ -64,6 +66,24 @@ def test_the_page_has_the_failures_first_when_there_are_too_many_rows(tmp_path, 
     page = (tmp_path / "eval" / "report.html").read_text()
     shown = {int(found, 16) for found in re.findall(r'"(0{16}[0-9a-f]{16})"', page)}  # the page's nonce looks alike
     assert len(shown) == 25 and shown >= set(range(0, 200, 10))
+
+
+def test_metrics_that_no_longer_agree_with_their_results_are_measured_again(tmp_path):
+    """One result is gone, one was made again after it had failed, one metric failed for a reason that may be gone, one stands twice."""
+    settings = measured(tmp_path, 30)
+    (path,) = (tmp_path / "eval" / "metrics").rglob("*.parquet")
+    rows = pq.read_table(path, partitioning=None).to_pylist()
+    rows[1] |= {"status": "failed", "error_code": "storage_unavailable"}
+    rows[3] |= {"status": "failed", "error_code": "no_video_stream"}
+    table = pa.Table.from_pylist([*rows, rows[2]], schema=MetricRow.arrow_schema())
+    pq.write_table(table, path)
+    results = {f"{number:032x}": None if number % 10 else "truncated" for number in range(30)}
+    del results[f"{5:032x}"]
+    results[f"{10:032x}"] = None
+    done = evaluate.mend(settings, Storage(), {settings.run[0]: results})
+    assert {int(sample, 16) for sample in done[settings.run[0]]} == set(range(30)) - {1, 5, 10}
+    kept = [row.sample_id for row in evaluate.read(settings, Storage())]
+    assert sorted(kept) == sorted(done[settings.run[0]])
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):

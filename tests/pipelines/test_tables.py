@@ -16,7 +16,8 @@ def row(method, number, *, settings="{}", run="/out", category="single", status=
     return MetricRow(
         sample_id=f"{abs(hash((run, method, settings, number))):032x}"[:32], run=run, status=status, method=method,
         method_settings=settings, prompt="a red circle", seed=0, category=category, reference_uri=f"/clip{number}.mp4",
-        reference_digest=str(number), model="wan-nano", model_revision="r", **values,
+        reference_digest=str(number), model="wan-nano", model_revision="r",
+        **{"pair": str(number), "sampling": '{"steps": 20}', **values},
     )  # fmt: skip
 
 
@@ -87,6 +88,29 @@ def test_variants_of_a_method_are_told_apart_by_what_differs():
     ]  # fmt: skip
     rows = [row("none", 0, run="/a"), row("none", 0, run="/b")]
     assert {line.label for line in tables.compare(rows, "none")} == {"none (a)", "none (b)"}
+    rows = [row("none", 0, run="/x/run"), row("none", 0, run="/y/run")]
+    assert {line.label for line in tables.compare(rows, "none")} == {"none (/x/run)", "none (/y/run)"}
+
+
+def test_other_sampling_is_another_line_and_another_pair():
+    rows = [
+        row(method, n, pair=f"{steps} {n}", sampling=json.dumps({"steps": steps}), motion=steps + (method == "fastvmt"))
+        for method in ("none", "fastvmt")
+        for steps in (10, 20)
+        for n in range(3)
+    ]
+    lines = [line for line in tables.compare(rows, "none") if line.category == tables.ALL]
+    assert [line.label for line in lines] == ["none steps=10", "none steps=20", "fastvmt steps=10", "fastvmt steps=20"]
+    assert [line.cells["motion"].difference for line in lines] == [None, None, 1, 1]
+
+
+def test_a_run_is_compared_with_its_own_baseline_else_with_anothers():
+    rows = [row("none", n, run=run, motion=value) for run, value in (("/a", 0.0), ("/b", 10.0)) for n in range(3)]
+    rows += [row("fastvmt", n, run="/b", motion=11.0) for n in range(3)]
+    rows += [row("ditflow", n, run="/c", motion=12.0) for n in range(3)]
+    lines = tables.compare(rows, "none")
+    assert only(lines, "fastvmt").cells["motion"].difference == 1
+    assert only(lines, "ditflow").cells["motion"].difference in (2, 12)
 
 
 def test_the_order_of_rows_does_not_matter():

@@ -35,6 +35,13 @@ def test_latents_are_the_normalised_mode_of_the_posterior(tiny):
     assert torch.allclose(latents, (mode - mean) / std, atol=1e-6)
 
 
+@pytest.mark.parametrize("change", [lambda f: f[:4], lambda f: f[..., :40], lambda f: f.float()])
+def test_frames_that_the_vae_would_cut_or_change_are_refused(tiny, change):
+    frames = torch.zeros(5, 3, 48, 64, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"they must be \(4k\+1, 3, H, W\) uint8"):
+        tiny.encode(change(frames))
+
+
 def test_decoding_gives_the_pixels_of_the_vae(tiny):
     latents = torch.randn(16, 3, 4, 6, generator=torch.Generator().manual_seed(0))
     frames = tiny.decode(latents)

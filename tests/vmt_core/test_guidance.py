@@ -116,7 +116,7 @@ def test_latents_stay_in_fp32_and_are_not_edited_in_place():
 
 
 @pytest.mark.parametrize(
-    ("steps", "span", "guided"), [(50, 0.2, 10), (20, 0.2, 4), (7, 0.2, 2), (10, 0.0, 0), (10, 1.0, 10)]
+    ("steps", "span", "guided"), [(50, 0.2, 10), (20, 0.2, 4), (7, 0.2, 2), (10, 0.0, 0), (10, 1.0, 10), (50, 0.14, 7)]
 )
 def test_the_first_share_of_the_steps_is_guided(steps, span, guided):
     assert Guidance(objective=WindowedAMF(), span=span).guided_steps(steps) == guided

@@ -22,7 +22,7 @@ def test_a_method_is_made_again_from_its_own_settings(name, preset):
     ("preset", "paths"),
     [
         ("default", {"guidance.level": "clean", "start.kind": "noise", "objective.block": 14, "guidance.inner": 10}),
-        ("paper", {"guidance.level": "step", "start.kind": "sdedit", "objective.drift": "absolute"}),
+        ("paper", {"guidance.level": "step", "start.kind": "noise", "objective.drift": "absolute"}),
         ("nano", {"objective.block": 5, "objective.window": 9, "guidance.level": "clean"}),
     ],
 )
@@ -31,6 +31,15 @@ def test_a_preset_of_fastvmt_is_what_it_says(preset, paths):
     for path, value in paths.items():
         group, field = path.split(".")
         assert settings[group][field] == value
+
+
+def test_published_follow_your_motion_keeps_the_looks_of_the_reference():
+    scales = {
+        preset: METHODS["follow_your_motion"](preset=preset).adapter.spatial_scale
+        for preset in ("default", "paper", "code")
+    }
+    assert scales == {"default": 0, "paper": 1, "code": 1}
+    assert METHODS["follow_your_motion"](preset="code", adapter={"spatial_scale": 0.5}).adapter.spatial_scale == 0.5
 
 
 def test_single_settings_override_a_preset():

@@ -183,11 +183,32 @@ def test_an_artifact_survives_its_file(tiny, tmp_path, kind):
     artifact = MotionTransfer(tiny, method(kind), SAMPLING).prepare(clip())
     artifact.save(tmp_path / "a.safetensors")
     loaded = Artifact.load(tmp_path / "a.safetensors")
-    assert loaded.method == kind
+    assert loaded.objective == artifact.objective
     assert torch.equal(loaded.latents, artifact.latents)
     assert torch.equal(loaded.empty, artifact.empty)
     assert loaded.motion.keys() == artifact.motion.keys()
     assert all(torch.equal(loaded.motion[key], artifact.motion[key]) for key in loaded.motion)
+
+
+def test_an_artifact_of_another_objective_is_refused(tiny):
+    plain, windowed = (
+        MotionTransfer(tiny, METHODS["none"](), SAMPLING),
+        MotionTransfer(tiny, method("fastvmt"), SAMPLING),
+    )
+    other = MotionTransfer(tiny, method("fastvmt", objective={"block": 2}), SAMPLING)
+    for artifact in (plain.prepare(clip()), other.prepare(clip())):
+        with pytest.raises(ValueError, match=r"an artifact was described for .*, not for .*prepare it with this"):
+            windowed.transfer(artifact, ["a"], [0])
+    assert len(plain.transfer(windowed.prepare(clip()), ["a"], [0])) == 1  # sampling that is not guided reads no motion
+
+
+def test_videos_are_the_same_in_batches_of_any_size(tiny):
+    transfer = MotionTransfer(tiny, METHODS["none"](), SAMPLING)
+    artifact = transfer.prepare(clip())
+    one, all_ = (transfer.transfer(artifact, ["a", "b"], [0, 1], batch=batch) for batch in (1, 4))
+    assert len(one) == len(all_) == 4
+    for alone, together in zip(one, all_, strict=True):
+        assert (alone.int() - together.int()).abs().max() <= 1  # products of matrices differ in their last bits
 
 
 def test_one_artifact_serves_many_prompts_without_reading_the_model_again(tiny, monkeypatch):
@@ -246,6 +267,7 @@ def test_an_adapted_video_is_that_of_a_plain_pipeline_with_the_exported_files(wa
     ours = MotionTransfer(wan, TUNED, SAMPLING, adapter).denoise(*arguments).latents
     assert torch.allclose(ours, theirs, atol=1e-5)
     assert not torch.allclose(ours, plain, atol=1e-2)
+    MotionTransfer(wan, TUNED, SAMPLING, adapter)  # made, but not used: its adapters are off
     assert torch.equal(
         MotionTransfer(wan, METHODS["none"](), SAMPLING).denoise(*arguments).latents, plain
     )  # all off again

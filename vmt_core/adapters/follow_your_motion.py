@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -132,17 +131,25 @@ class VelocityLoss(nn.Module):
         super().__init__()
         self.transformer, self.settings = transformer, settings
         self.compute = transformer.dtype
+        if settings.isolate_qk_norm:
+            masked_lora.isolate_norms(transformer)
 
     def forward(
-        self, latents: Tensor, noise: Tensor, sigma: Tensor, text: Tensor, positions: list[float] | None = None
+        self,
+        latents: Tensor,
+        noise: Tensor,
+        sigma: Tensor,
+        text: Tensor,
+        positions: list[float] | None = None,
+        anchor: int = 0,
     ) -> tuple[Tensor, Logs]:
-        """latents, noise (B, C, F, h, w); sigma (B,); text (B, L, dim)."""
+        """latents, noise (B, C, F, h, w); sigma (B,); text (B, L, dim); anchor: see `motion_loss`."""
         predicted, velocity = self.velocity(latents, noise, sigma, text, positions)
         weight = loss_weight(sigma, self.settings.shift)
         squared = (predicted - velocity).square().flatten(1).mean(1)
         if latents.shape[2] == 1:
             return (weight * squared).mean(), {}
-        motion = motion_loss(predicted, velocity, self.settings.motion_loss)
+        motion = motion_loss(predicted, velocity, self.settings.motion_loss, anchor)
         loss = (weight * (squared + self.settings.motion_weight * motion)).mean()
         return loss, {"loss_mse": squared.mean().item(), "loss_motion": motion.mean().item()}
 
@@ -152,8 +159,7 @@ class VelocityLoss(nn.Module):
         """Predicted and true velocity, fp32."""
         s = sigma.view(-1, 1, 1, 1, 1)
         noisy = ((1 - s) * latents + s * noise).to(self.compute)
-        norms = masked_lora.isolated_norms(self.transformer) if self.settings.isolate_qk_norm else nullcontext()
-        with temporal_positions(self.transformer, positions), norms:
+        with temporal_positions(self.transformer, positions):
             predicted = self.transformer(noisy, 1000 * sigma, text.to(self.compute), return_dict=False)[0]
         return predicted.float(), noise - latents
 
@@ -194,6 +200,16 @@ class TemporalTask(_Stage):
 
     name = "temporal"
 
+    def __init__(
+        self, transformer: WanTransformer3DModel, prepared: Prepared, settings: FollowYourMotion, text: Tensor
+    ) -> None:
+        super().__init__(transformer, prepared, settings, text)
+        if settings.sparse == "pixel" and prepared.sparse.shape[1] < 2:
+            raise ValueError(
+                f"every {settings.stride}-th of the clip's {len(prepared.frames)} frames are too few to move; "
+                f"sparse pixel needs {4 * settings.stride + 1} frames: take a smaller stride, or sparse latent"
+            )
+
     def batch(self, draw: int) -> Batch:
         generator = torch.Generator().manual_seed(2 * draw + 1)
         settings, whole = self.settings, self.prepared.latents
@@ -201,7 +217,8 @@ class TemporalTask(_Stage):
         positions = settings.temporal_positions(indices, whole.shape[1], self.prepared.sparse.shape[1])
         seen = self.prepared.sparse if settings.sparse == "pixel" else whole[:, indices]
         latents = seen.expand(settings.clips_a_draw, *seen.shape)
-        return (*_noised(latents, self.text, settings.shift, generator), positions)
+        noised = _noised(latents, self.text, settings.shift, generator)
+        return (*noised, positions, int(torch.randint(seen.shape[1], (), generator=generator)))
 
     def validate(self) -> float:
         """Loss of the whole clip at fixed noise levels, at stock positions: what inference will see."""
@@ -240,17 +257,17 @@ def loss_weight(sigma: Float[Tensor, " batch"], shift: float) -> Float[Tensor, "
     return (torch.exp(-2 * (sigma - 0.5) ** 2) - floor) / mean
 
 
-def motion_loss(predicted: Tensor, velocity: Tensor, kind: str) -> Float[Tensor, " batch"]:
+def motion_loss(predicted: Tensor, velocity: Tensor, kind: str, anchor: int = 0) -> Float[Tensor, " batch"]:
     """Of velocities (B, C, F, h, w): one minus the cosine of differences of neighbouring frames (section 3.4), in [0, 2] if `signed`.
 
     `signed`: each pair of frames as one vector. `vmc`: absolute values, cosine along the frames, as the published code does.
-    `debias`: squared error of sqrt(2) v - v_anchor, the anchor being the first frame (MotionDirector, arXiv 2310.08465).
+    `debias`: squared error of sqrt(2) v - v_anchor, `anchor` being a frame drawn at random (MotionDirector, arXiv 2310.08465).
     """
     predicted, velocity = predicted.float(), velocity.float()
     if kind == "off":
         return predicted.new_zeros(len(predicted))
     if kind == "debias":
-        one, other = (math.sqrt(2) * v - v[:, :, :1] for v in (predicted, velocity))
+        one, other = (math.sqrt(2) * v - v[:, :, anchor : anchor + 1] for v in (predicted, velocity))
         return (one - other).square().flatten(1).mean(1)
     one, other = predicted.diff(dim=2), velocity.diff(dim=2)
     if kind == "vmc":

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,7 @@ def attach(transformer: WanTransformer3DModel, name: str, weights: Weights) -> N
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_SEVERAL)
         transformer.load_lora_adapter(dict(weights), prefix=None, adapter_name=name)
+    use(transformer, {})  # peft makes a new adapter the active one
     transformer.requires_grad_(False)
 
 
@@ -220,6 +221,15 @@ def comfy(weights: Weights) -> Weights:
 @contextmanager
 def isolated_norms(transformer: WanTransformer3DModel) -> Iterator[None]:
     """Within it the RMS of q and k is that of the base projections: adapted heads then leave the others exactly as they are."""
+    release = isolate_norms(transformer)
+    try:
+        yield
+    finally:
+        release()
+
+
+def isolate_norms(transformer: WanTransformer3DModel) -> Callable[[], None]:
+    """The same for good, or until what it returns is called: a backward pass that recomputes blocks needs it as well."""
     handles = []
     for block in transformer.blocks:
         attention: Any = block.attn1
@@ -231,18 +241,21 @@ def isolated_norms(transformer: WanTransformer3DModel) -> Iterator[None]:
                 handles.append(
                     norm.register_forward_hook(lambda m, inputs, _o, kept=kept: _isolated(m, inputs[0], kept))
                 )
-    try:
-        yield
-    finally:
+
+    def release() -> None:
         for handle in handles:
             handle.remove()
+
+    return release
 
 
 def _keep(kept: list[Tensor], output: Tensor) -> None:
     kept[:] = [output]
 
 
-def _isolated(norm: Any, adapted: Tensor, kept: list[Tensor]) -> Tensor:
+def _isolated(norm: Any, adapted: Tensor, kept: list[Tensor]) -> Tensor | None:
+    if not kept:  # the adapter was deleted
+        return None
     variance = kept.pop().float().square().mean(-1, keepdim=True)
     normed = adapted * torch.rsqrt(variance + norm.eps)
     isolated: Tensor = (normed.to(norm.weight.dtype) * norm.weight).type_as(adapted)

@@ -14,7 +14,7 @@ Rule = Literal["median", "paper", "code"]
 Target = Literal["to_q", "to_k", "to_v", "to_out.0"]
 TARGETS: tuple[Target, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 #: Bumped whenever a change of this package alters the adapters: part of every adapter's identity.
-TUNING_VERSION = 1
+TUNING_VERSION = 2
 PRESETS = ("default", "paper", "code", "nano")
 
 
@@ -94,9 +94,13 @@ class FollowYourMotion(BaseModel):
             return None
         if self.positions == "paper":
             return [index * whole / count for index in range(count)]
-        if self.sparse == "pixel" or self.positions == "aligned":
+        if self.positions == "aligned":
             return [index * (whole - 1) / max(1, count - 1) for index in range(count)]
-        return [float(index) for index in indices]
+        return (
+            [float(self.stride * index) for index in range(count)]
+            if self.sparse == "pixel"
+            else list(map(float, indices))
+        )
 
 
 _PAPER = Schedule(steps=3000), Schedule(steps=2000)

@@ -97,7 +97,15 @@ class Backbone:
 
         Args:
             frames: (T, 3, H, W) uint8, T = 4k+1, H and W multiples of 16.
+
+        Raises:
+            ValueError: other frames. The VAE would leave out those after the last multiple of four without a word.
         """
+        length, _, height, width = frames.shape
+        if frames.dtype != torch.uint8 or length % 4 != 1 or height % 16 or width % 16:
+            raise ValueError(
+                f"frames are {tuple(frames.shape)} {frames.dtype}; they must be (4k+1, 3, H, W) uint8, H and W multiples of 16"
+            )
         vae = self.parts["vae"]
         pixels = frames.to(self.device, torch.float32).div_(127.5).sub_(1).transpose(0, 1)  # (3, T, H, W)
         latents: Tensor = vae.encode(pixels.unsqueeze(0)).latent_dist.mode()

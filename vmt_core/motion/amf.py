@@ -105,7 +105,8 @@ class WindowedAMF(_AMF):
         limit = torch.tensor([geometry.rows, geometry.cols], device=query.device)
         shifts, flows, valids, windows = [], [], [], []
         for source, target in _near_pairs(query, key, self.span):
-            shift = positions[_logits(source[:, centres], target, scale).argmax(-1)] - positions[centres]
+            logits = _logits(source[:, centres].float(), target.float(), scale)
+            shift = positions[logits.argmax(-1)] - positions[centres]
             matched = positions + shift[:, tile_of]  # (pairs, N, 2): where each token's window wants to be
             window = _window(geometry, self.window, matched)
             shifts.append(shift.to(torch.int16))
@@ -151,31 +152,28 @@ class FullAMF(_AMF):
     def encode(self, reference: Features, geometry: Geometry) -> Motion:
         """flow (pairs, N, 2) and valid (pairs, N), the tokens that count; pairs by cyclic distance, then by source frame."""
         query, key, scale = self._query_key(reference)
-        pairs = list(_all_pairs(query, key))
-        best = torch.cat([_flow(*pair, scale, geometry, hard=True) for pair in pairs])
+        best = torch.cat([_flow(query, key, scale, geometry, ahead=ahead, hard=True) for ahead in range(1, len(query))])
         valid = best.abs().sum(-1) > 0 if self.moving_only else torch.ones_like(best[..., 0], dtype=torch.bool)
-        flow = best if self.reference == "hard" else torch.cat([_flow(*pair, scale, geometry) for pair in pairs])
+        flow = best if self.reference == "hard" else self._flows(query, key, scale, geometry)
         return {"flow": flow, "valid": valid}
 
     def loss(self, generated: Features, motion: Motion, geometry: Geometry) -> Tensor:
         """Mean over the tokens that count, of all pairs together, of |Delta_ref - Delta|^2 / 2 (mean over coordinates)."""
         query, key, scale = self._query_key(generated)
-        flow = torch.cat([_flow(*pair, scale, geometry) for pair in _all_pairs(query, key)])
+        flow = self._flows(query, key, scale, geometry)
         valid = motion["valid"].to(flow.device)
         squared = (flow - motion["flow"].to(flow)).square().mean(-1)
         return (squared * valid).sum() / valid.sum().clamp(min=1)
+
+    @staticmethod
+    def _flows(query: Tensor, key: Tensor, scale: float, geometry: Geometry) -> Flow:
+        return torch.cat([_flow(query, key, scale, geometry, ahead=ahead) for ahead in range(1, len(query))])
 
 
 def _near_pairs(query: Tensor, key: Tensor, span: int) -> Iterator[tuple[Tensor, Tensor]]:
     """q of frames i and k of frames i + d for each distance d = 1 .. span: slices, so that gradients need no scatter."""
     for distance in range(1, min(span, len(query) - 1) + 1):
         yield query[:-distance], key[distance:]
-
-
-def _all_pairs(query: Tensor, key: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """q of all frames i and k of frames (i + d) mod F for each d = 1 .. F - 1: every ordered pair of different frames."""
-    for distance in range(1, len(query)):
-        yield query, key.roll(-distance, dims=0)
 
 
 def _tiles(geometry: Geometry, tile: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -205,7 +203,7 @@ def _window(geometry: Geometry, side: int, centres: Int[Tensor, "pairs n 2"]) ->
 
 
 def _logits(query: Tensor, key: Tensor, scale: float) -> Float[Tensor, "pairs n m"]:
-    """Products in the features' own precision, scaled in fp32."""
+    """Products in the features' own precision, scaled in fp32. Which is the largest of them is asked in fp32 alone: bf16 has ties."""
     return torch.bmm(query, key.transpose(1, 2)).float() * scale
 
 
@@ -216,13 +214,20 @@ def _flow(
     geometry: Geometry,
     window: Bool[Tensor, "pairs n n"] | None = None,
     *,
+    ahead: int = 0,
     hard: bool = False,
 ) -> Flow:
-    """Displacement of every token of every pair; large logits are recomputed in the backward pass instead of kept."""
+    """Displacement of every token of every pair; large logits are recomputed in the backward pass instead of kept.
+
+    Args:
+        ahead: pairs are q of frame i and k of frame (i + ahead) mod F.
+        hard: to the one best match.
+    """
     positions = geometry.positions(query.device)
 
     def flow(query: Tensor, key: Tensor) -> Tensor:
-        logits = _logits(query, key, scale)
+        key = key.roll(-ahead, dims=0) if ahead else key  # here, so that no copy is kept for the backward pass
+        logits = _logits(query.float(), key.float(), scale) if hard else _logits(query, key, scale)
         if window is not None:
             logits = logits.masked_fill(~window, -torch.inf)
         if hard:
@@ -248,7 +253,7 @@ def _drift(key: Float[Tensor, "frames n d"], windows: list[Tensor]) -> Float[Ten
     `windows` holds for each distance the masks of the tiles' centres (pairs, tiles, n).
     """
     means = [
-        torch.bmm(mask.to(key.dtype), key[distance:]).float() / mask.sum(-1, keepdim=True)
+        torch.bmm(mask.float(), key[distance:].float()) / mask.sum(-1, keepdim=True)
         for distance, mask in enumerate(windows, start=1)
     ]
     steps = [(later - sooner[: len(later)]).square().mean(-1) for sooner, later in pairwise(means)]

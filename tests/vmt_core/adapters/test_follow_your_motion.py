@@ -1,6 +1,7 @@
 """The stages of Follow-Your-Motion."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -100,6 +101,14 @@ def test_positions_of_every_kind():
     assert FollowYourMotion(sparse="pixel", positions="aligned").temporal_positions([], 21, 5) == pytest.approx(indices)
 
 
+@pytest.mark.parametrize("frames", [25, 33, 49, 65, 81])
+def test_exact_positions_of_a_thinned_clip_are_where_its_frames_were(frames):
+    """Also where it was cut to 4k+1: latent j of every fifth frame ends at frame 20 j, which is latent 5 j of the clip."""
+    thinned = (len(range(0, frames, 5)) - 1) // 4 + 1
+    found = FollowYourMotion(sparse="pixel").temporal_positions([], (frames - 1) // 4 + 1, thinned)
+    assert found == [5 * j for j in range(thinned)]
+
+
 @given(st.integers(1, 100), st.integers(1, 100), st.integers(0, 99))
 def test_the_papers_formula_is_a_stretching(whole, count, index):
     """f(F/2 + F/F' (i - F'/2)) of the paper and i F/F' are one."""
@@ -185,13 +194,13 @@ def test_spatial_draws_are_single_frames_of_the_clip(wan, prepared):
 
 def test_temporal_draws_are_latents_of_the_clip_at_their_places(wan, prepared):
     for draw in range(10):
-        latents, *_, positions = task("temporal", wan, prepared).batch(draw)
+        latents, *_, positions, _ = task("temporal", wan, prepared).batch(draw)
         assert latents.shape == (4, 16, 3, 8, 8)
         assert torch.equal(latents[0], prepared.latents[:, [int(place) for place in positions]])
 
 
 def test_pixel_draws_are_the_thinned_clip(wan, prepared):
-    latents, *_, positions = task("temporal", wan, prepared, settings(sparse="pixel", positions="paper")).batch(0)
+    latents, *_, positions, _ = task("temporal", wan, prepared, settings(sparse="pixel", positions="paper")).batch(0)
     assert torch.equal(latents[0], prepared.sparse)
     assert positions == pytest.approx([0, 2.5])
 
@@ -204,9 +213,9 @@ def test_a_draw_follows_from_its_number(wan, prepared):
 
 def test_the_loss_is_zero_for_the_true_velocity(wan, prepared, monkeypatch):
     chosen = task("temporal", wan, prepared)
-    latents, noise, sigma, text, positions = chosen.batch(0)
+    latents, noise, sigma, text, positions, anchor = chosen.batch(0)
     monkeypatch.setattr(chosen.module, "velocity", lambda *_: (noise - latents, noise - latents))
-    loss, logs = chosen.module(latents, noise, sigma, text, positions)
+    loss, logs = chosen.module(latents, noise, sigma, text, positions, anchor)
     assert loss.item() == pytest.approx(0, abs=1e-5)
     assert logs["loss_motion"] == pytest.approx(0, abs=1e-5)
 
@@ -224,6 +233,45 @@ def test_sixty_steps_on_a_moving_square_lower_the_loss_of_the_whole_clip_too(wan
     losses = [point.loss for point in run.curve]
     assert sum(losses[-15:]) < sum(losses[:15])
     assert run.curve[-1].validation < before - 0.01
+
+
+def test_a_thinned_clip_of_one_latent_is_refused(wan, prepared):
+    with pytest.raises(
+        ValueError, match="every 5-th of the clip's 17 frames are too few to move; sparse pixel needs 21 frames"
+    ):
+        task("temporal", wan, replace(prepared, sparse=prepared.sparse[:, :1]), settings(sparse="pixel", stride=5))
+
+
+def test_the_anchor_of_debias_is_drawn(wan, prepared):
+    stage = task("temporal", wan, prepared, settings(motion_loss="debias"))
+    assert len({stage.batch(draw)[-1] for draw in range(20)}) > 1
+    predicted, velocity = torch.randn(2, 1, 4, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    error = predicted - velocity
+    for anchor in range(3):
+        wanted = (math.sqrt(2) * error - error[:, :, anchor : anchor + 1]).square().mean()
+        assert motion_loss(predicted, velocity, "debias", anchor).item() == pytest.approx(wanted.item())
+
+
+@given(st.integers(0, 10_000))
+def test_the_signed_motion_loss_is_between_0_and_2(seed):
+    generator = torch.Generator().manual_seed(seed)
+    one, other = (
+        torch.randn(2, 4, 3, 2, 2, generator=generator) * 10 ** torch.randint(-3, 4, ()).item() for _ in range(2)
+    )
+    found = motion_loss(one, other, "signed")
+    assert ((found >= -1e-6) & (found <= 2 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("policy", ["none", "selective", "full"])
+def test_strict_norms_are_trained_under_every_checkpoint_policy(wan, prepared, policy):
+    wan.checkpoint_policy = policy
+    chosen = settings(isolate_qk_norm=True, spatial={"steps": 1, "warmup": 0})
+    types = fym.head_types(wan, prepared, chosen)
+    stage = fym.begin(wan, "spatial", prepared, types, chosen, {})
+    run = Tuning(stage, TorchEngine(stage.module, stage.schedule, wan.device))
+    run.advance()
+    found = masked_lora.state(wan.transformer, "spatial")
+    assert any(value.any() for key, value in found.items() if "lora_B" in key)
 
 
 def test_strict_norms_are_used_in_training(wan, prepared):
