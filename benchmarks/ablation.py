@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="wan-nano")
     parser.add_argument("--pairs", type=int, default=48)
+    parser.add_argument("--variants", help="which, comma separated; default: all")
     parser.add_argument("--batch", type=int, default=8, help="rows that are denoised together")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--judge", type=Path, default=Path("out/judge.safetensors"), help="trained if it is not there")
@@ -49,8 +50,9 @@ def main() -> None:
     chosen = transfers.pairs(arguments.pairs, NANO)
     latents = transfers.prepare(backbone, chosen)
     sampling = Sampling(NANO.steps, NANO.shift, NANO.guidance_scale, cfg="batched")
-    outcomes = []
-    for name, method in variants(NANO.width // 16).items():
+    outcomes, known = [], variants(NANO.width // 16)
+    for name in arguments.variants.split(",") if arguments.variants else known:
+        method = known[name]
         outcomes.append(
             transfers.run(backbone, reader, method, sampling, chosen, latents, name=name, batch=arguments.batch)
         )

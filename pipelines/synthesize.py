@@ -60,6 +60,7 @@ def run(settings: SynthesizeSettings, say: Callable[[str], None] = print) -> dic
         wrong = repr(unknown[0]) if settings.categories else "none"
         raise UsageError(f"--categories: {wrong} is not one of {', '.join(MOTIONS)}")
     storage, began = Storage(settings.storage), time.monotonic()
+    settings = settings.model_copy(update={"output": absolute(settings.output)})
     with lock.held(storage, join(settings.output, "run", "lock.json")):
         _claim(settings, storage)
         wanted = seeds(settings)

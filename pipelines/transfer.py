@@ -29,7 +29,7 @@ from vmt_core.adapters import files
 from vmt_core.backbone import nano
 
 #: Rows that the report page shows at most: failures first.
-REPORT_ROWS = 5_000
+REPORT_ROWS = 10_000
 REPORT_ADAPTERS = 24
 _SUMS = ("seconds_encode", "seconds_transfer", "seconds_finish")
 

@@ -172,7 +172,7 @@ class EvaluateSettings(MeasuringSettings):
     baseline: str = Field(default="none", description="method that differences are to")
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="where the encoders run")
     measure: StageSettings = StageSettings(actors=2)
-    rows_per_block: PositiveInt = Field(default=32, description="videos that are committed together")
+    rows_per_block: PositiveInt = Field(default=16, description="videos that are committed together")
     bootstrap: PositiveInt = Field(default=2000, description="draws of the intervals")
     storage: StorageSettings = StorageSettings()
     limits: LimitSettings = LimitSettings()

@@ -28,15 +28,6 @@ KINDS = ("none", *get_args(ShapeName), "figure", "pendulum")
 PATTERNS = get_args(Pattern)
 GROUNDS = tuple(BACKGROUNDS)
 _SIDE = 96
-_HIDDEN = 0.001  # share of the frame below which a body is not to be seen
-_SPREAD = 0.02  # of a colour, squared, about its place in the palette
-_GROUND_TONES = [torch.tensor(colour) / 255 for colour in BACKGROUNDS.values()]
-_TONES = 3 * len(_GROUND_TONES)
-#: Three tones of each background, then the objects' colours, (26, 3) in [0, 1].
-_PALETTE = torch.stack(
-    [tone + share * (1 - tone) for tone in _GROUND_TONES for share in (0.0, LIGHTER / 2, LIGHTER)]
-    + [torch.tensor(colour) / 255 for colour in COLOURS.values()]
-)
 
 
 @dataclass(frozen=True)
@@ -54,32 +45,26 @@ class Verdict:
 
 
 class Judge(nn.Module):
-    """Logits from frames of any size, each frame on its own: (B, 3, H, W) in [0, 1] -> bodies (B, colours, kinds), pattern, ground.
+    """Logits from frames of any size, each frame on its own: (B, 3, H, W) in [0, 1] -> bodies (B, colours, kinds), pattern, ground."""
 
-    A body is read from the map of where its colour is, by one network for all colours: an outline learnt in one is known in all.
-    """
-
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self, width: int = 48) -> None:
         super().__init__()
-        self.outline, self.kind = _Pooled(1, width), nn.Linear(8 * width, len(KINDS))
-        self.ground, self.tone = _Pooled(3, width), nn.Linear(8 * width, len(PATTERNS) + len(GROUNDS))
+        channels = (3, width, 2 * width, 3 * width, 4 * width)
+        layers: list[nn.Module] = []
+        for into, out in pairwise(channels):
+            layers += [nn.Conv2d(into, out, 3, stride=2, padding=1), nn.GroupNorm(8, out), nn.SiLU()]
+        layers += [nn.Conv2d(channels[-1], channels[-1], 3, padding=1), nn.GroupNorm(8, channels[-1]), nn.SiLU()]
+        self.body = nn.Sequential(*layers)
+        self.sizes = (len(COLOURS) * len(KINDS), len(PATTERNS), len(GROUNDS))
+        self.head = nn.Linear(2 * channels[-1], sum(self.sizes))
 
     def forward(self, frames: Float[Tensor, "b 3 h w"]) -> tuple[Tensor, Tensor, Tensor]:
-        small = _resized(frames)
-        maps = colour_maps(small)
-        bodies = self.kinds(maps.flatten(0, 1)).unflatten(0, maps.shape[:2])
-        pattern, ground = self.grounds(small)
-        return bodies, pattern, ground
-
-    def kinds(self, maps: Float[Tensor, "n h w"]) -> Float[Tensor, "n kinds"]:
-        """Logits of what a map shows."""
-        logits: Tensor = self.kind(self.outline(maps.unsqueeze(1)))
-        return logits
-
-    def grounds(self, small: Float[Tensor, "b 3 h w"]) -> tuple[Tensor, Tensor]:
-        """Logits of pattern and colour of the background."""
-        pattern, ground = self.tone(self.ground(small)).split((len(PATTERNS), len(GROUNDS)), -1)
-        return pattern, ground
+        if frames.shape[-2:] != (_SIDE, _SIDE):
+            frames = interpolate(frames, (_SIDE, _SIDE), mode="area")
+        features = self.body(frames)
+        pooled = torch.cat([features.mean((-2, -1)), features.amax((-2, -1))], -1)
+        bodies, pattern, ground = self.head(pooled).split(self.sizes, -1)
+        return bodies.unflatten(-1, (len(COLOURS), len(KINDS))), pattern, ground
 
     @torch.no_grad()
     def look(self, clip: Frames) -> tuple[Float[Tensor, "colours kinds"], Float[Tensor, " p"], Float[Tensor, " g"]]:
@@ -89,33 +74,15 @@ class Judge(nn.Module):
         return bodies.softmax(-1).mean(0), pattern.softmax(-1).mean(0), ground.softmax(-1).mean(0)
 
 
-class _Pooled(nn.Sequential):
-    """Images of _SIDE -> features (n, 8 * width): mean and maximum over the places of a small convolutional network."""
-
-    def __init__(self, channels: int, width: int) -> None:
-        layers: list[nn.Module] = []
-        for into, out in pairwise((channels, width, 2 * width, 3 * width, 4 * width)):
-            layers += [nn.Conv2d(into, out, 3, stride=2, padding=1), nn.GroupNorm(8, out), nn.SiLU()]
-        layers += [nn.Conv2d(4 * width, 4 * width, 3, padding=1), nn.GroupNorm(8, 4 * width), nn.SiLU()]
-        super().__init__(*layers)
-
-    def forward(self, images: Tensor) -> Tensor:
-        features = super().forward(images)
-        return torch.cat([features.mean((-2, -1)), features.amax((-2, -1))], -1)
-
-
-def colour_maps(frames: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b colours h w"]:
-    """How much each pixel (in [0, 1]) has an object's colour rather than another's or a background's, in [0, 1]."""
-    pixels = frames.permute(0, 2, 3, 1)
-    near = torch.cdist(pixels.flatten(0, 2), _PALETTE).square().neg() / _SPREAD
-    return near.softmax(-1)[:, _TONES:].unflatten(0, pixels.shape[:3]).permute(0, 3, 1, 2).contiguous()
-
-
 def foreground(clip: Frames) -> Bool[Tensor, "frames height width"]:
     """Pixels whose nearest colour of the palette is an object's, not a background's."""
-    pixels = clip.permute(0, 2, 3, 1).float() / 255
-    nearest = torch.cdist(pixels.flatten(0, 2), _PALETTE).argmin(-1)
-    return (nearest >= _TONES).view(pixels.shape[:3])
+    grounds = [torch.tensor(colour, dtype=torch.float32) for colour in BACKGROUNDS.values()]
+    tones = [first + share * (255 - first) for first in grounds for share in (0.0, LIGHTER / 2, LIGHTER)]
+    objects = [torch.tensor(colour, dtype=torch.float32) for colour in COLOURS.values()]
+    palette = torch.stack(tones + objects)
+    pixels = clip.permute(0, 2, 3, 1).float().reshape(-1, 3)
+    nearest = torch.cdist(pixels, palette).argmin(-1)
+    return (nearest >= len(tones)).view(clip.shape[0], *clip.shape[2:])
 
 
 def centre_path(clip: Frames) -> Float[Tensor, "frames 2"]:
@@ -127,10 +94,6 @@ def centre_path(clip: Frames) -> Float[Tensor, "frames 2"]:
     path = torch.stack([x, y], -1)
     path[total < 0.002 * mask[0].numel()] = float("nan")
     return path
-
-
-def _resized(frames: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-    return frames if frames.shape[-2:] == (_SIDE, _SIDE) else interpolate(frames, (_SIDE, _SIDE), mode="area")
 
 
 def kind_of(body: Body) -> int:
@@ -171,7 +134,7 @@ def mean(found: Sequence[Verdict]) -> Verdict:
     return Verdict(*(sum(column) / len(found) for column in columns))
 
 
-def train(*, scenes: int = 8000, steps: int = 1500, batch: int = 64, seed: int = 0) -> Judge:
+def train(*, scenes: int = 8000, steps: int = 1500, batch: int = 96, seed: int = 0) -> Judge:
     """A judge, from scenes of the train split: two frames of each, blurred and noisy at random as generated clips may be."""
     torch.manual_seed(seed)
     chosen = [sample(20 * (index // 18) + index % 18, frames=2, height=_SIDE, width=_SIDE) for index in range(scenes)]
@@ -187,13 +150,9 @@ def train(*, scenes: int = 8000, steps: int = 1500, batch: int = 64, seed: int =
             frames = interpolate(avg_pool2d(frames, 2), (_SIDE, _SIDE), mode="bilinear")
         frames = frames + random.uniform(0, 0.08) * torch.randn_like(frames)
         right = answers[picked]
-        kinds, maps = right[:, : len(COLOURS)], colour_maps(frames)
-        there = kinds > 0
-        absent = torch.rand(there.shape).masked_fill(there, 0).argmax(1)  # one colour of each image that nothing has
-        asked = (there & (maps.mean((-2, -1)) > _HIDDEN)).scatter(1, absent[:, None], True)
-        pattern, ground = judge.grounds(frames)
+        bodies, pattern, ground = judge(frames)
         loss = (
-            cross_entropy(judge.kinds(maps[asked]), kinds[asked])
+            4 * cross_entropy(bodies.flatten(0, 1), right[:, : len(COLOURS)].flatten())
             + cross_entropy(pattern, right[:, -2])
             + cross_entropy(ground, right[:, -1])
         )
