@@ -45,7 +45,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     reader = judge.cached(arguments.judge)
-    print(f"judge on real clips: {judge.accuracy(reader)}")
+    print(f"judge on real clips: {judge.accuracy(reader, clips=100)}", flush=True)
     backbone = Backbone.load(arguments.model)
     chosen = transfers.pairs(arguments.pairs, NANO)
     latents = transfers.prepare(backbone, chosen)
