@@ -26,7 +26,7 @@ _FIRST = 5_000  # pairs of other seeds than those of the ablation
 #: Setting -> values to try, in this order.
 GRIDS: dict[str, dict[str, list[Any]]] = {
     "fastvmt": {
-        "guidance.learning_rate": [(0.003, 0.002), (0.01, 0.007), (0.03, 0.02)],
+        "guidance.learning_rate": [(0.003, 0.002), (0.006, 0.004), (0.01, 0.007), (0.03, 0.02)],
         "objective.block": [3, 4, 5, 6, 7],
         "objective.temperature": [1.0, 2.0, 4.0, 8.0],
         "guidance.span": [0.2, 0.3, 0.4, 0.5],

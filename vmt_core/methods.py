@@ -73,7 +73,7 @@ def fastvmt(preset: str = "default", *, objective: Group = None, guidance: Group
         "paper": {"temperature": 1.0, "drift": "absolute"},
         "nano": {"block": 5, "window": 9},
     }
-    guidances: dict[str, dict[str, Any]] = {"paper": {"level": "step"}}
+    guidances: dict[str, dict[str, Any]] = {"paper": {"level": "step"}, "nano": {"learning_rate": (0.006, 0.004)}}
     return Method(
         name="fastvmt",
         guidance=Guidance(
