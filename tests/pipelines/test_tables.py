@@ -106,10 +106,10 @@ def test_other_sampling_is_another_line_and_another_pair():
 
 def test_a_run_is_compared_with_its_own_baseline_else_with_anothers():
     rows = [row("none", n, run=run, motion=value) for run, value in (("/a", 0.0), ("/b", 10.0)) for n in range(3)]
-    rows += [row("fastvmt", n, run="/b", motion=11.0) for n in range(3)]
+    rows += [row("fastvmt", n, run=run, motion=value) for run, value in (("/a", 1.0), ("/b", 11.0)) for n in range(3)]
     rows += [row("ditflow", n, run="/c", motion=12.0) for n in range(3)]
     lines = tables.compare(rows, "none")
-    assert only(lines, "fastvmt").cells["motion"].difference == 1
+    assert [only(lines, f"fastvmt ({run})").cells["motion"].difference for run in "ab"] == [1, 1]
     assert only(lines, "ditflow").cells["motion"].difference in (2, 12)
 
 
