@@ -89,10 +89,9 @@ class Encode(Stage):
             return RowError(
                 ErrorCode.SCHEME_FORBIDDEN, f"{uri}: scheme {scheme(uri)!r} is not in limits.schemes ({allowed})"
             )
-        local = Path("reference")
-        try:
-            with tempfile.TemporaryDirectory(prefix="vmt-") as folder:
-                local = Path(folder) / "reference"
+        with tempfile.TemporaryDirectory(prefix="vmt-") as folder:
+            local = Path(folder) / "reference"
+            try:
                 self.storage.fetch(
                     uri, local, most_bytes=limits.max_reference_mib * 2**20, digest=row["reference_digest"]
                 )
@@ -119,10 +118,10 @@ class Encode(Stage):
                         preset=self.settings.video.preset,
                     )
                     self.storage.put(clip, shown)
-        except RowError as error:
-            if error.code.transient:
-                raise
-            return RowError(error.code, error.message.replace(str(local), uri))
+            except RowError as error:
+                if error.code.transient:
+                    raise
+                return RowError(error.code, error.message.replace(str(local), uri))
         return _pack({"latents": backbone.encode(frames)}), shown
 
 

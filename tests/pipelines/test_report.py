@@ -313,6 +313,7 @@ def test_a_sample_has_a_page_of_its_own_that_says_how_to_make_it_again(browser: 
     page.get_by_role("link", name="Link").nth(4).click()
     until(page, "document.querySelectorAll('.card.result').length === 1")
     assert page.url.endswith(f"#{rows[4]['sample_id']}")
+    page.locator(".again").wait_for()  # its details open a moment after the card is there
     command = page.locator(".again").inner_text()
     assert command == (
         f"python jobs/transfer.py --manifest 'my manifest' --model tiny --output out/again --samples {rows[4]['sample_id']}"
