@@ -35,7 +35,6 @@ from vmt_core.metrics.noncommercial import NOTICE
 
 REPORT_ROWS = 10_000  # of the page, failures first
 _DRAWN = 500  # of those, the ones whose tracks can be drawn over the videos
-_RESTARTS = 3  # of an actor that dies
 
 
 def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -226,8 +225,6 @@ def _measure(
                         compute=ActorPoolStrategy(size=settings.measure.actors),
                         num_cpus=settings.measure.cpus,
                         num_gpus=settings.measure.gpus,
-                        max_restarts=_RESTARTS,
-                        max_task_retries=_RESTARTS,
                     )
                 )
                 for row in data.iter_rows():
