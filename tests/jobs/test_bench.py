@@ -36,3 +36,6 @@ def test_a_folder_of_clips_with_prompts_is_planned_tuned_made_and_compared(model
     code, text = jobs.here(*command)
     assert code == 0
     assert "nothing was left to make" in text and "0 to measure now" in text
+    code, text = jobs.here(*command, "--fps", 6)
+    assert code == 2
+    assert "holds a benchmark with another fps; take another folder" in text
