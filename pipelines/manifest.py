@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from pipelines import adapters
 from pipelines.storage import Storage, absolute, join
-from schemas import AdapterRow, ManifestRow, UsageError, sample_id
+from schemas import AdapterRow, ManifestRow, UsageError, first_fault, sample_id
 from vmt_core.methods import VIDEO_VERSION, build
 
 _SHOWN_FAULTS = 10
@@ -166,8 +166,7 @@ def _fault(
     try:
         row = ManifestRow.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        return f"{'.'.join(map(str, first['loc'])) or 'row'}: {first['msg']} (got {first['input']!r:.100})"
+        return first_fault(error)
     if row.sample_id in seen:
         return f"sample_id {row.sample_id} stands twice"
     seen.add(row.sample_id)

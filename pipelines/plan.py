@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from pipelines import adapters, manifest, models
 from pipelines.references import Clip, open_all, references
 from pipelines.storage import Storage, absolute
-from schemas import ManifestRow, PlanSettings, UsageError
+from schemas import ManifestRow, PlanSettings, UsageError, first_fault
 from vmt_core import flops
 from vmt_core.backbone import nano
 from vmt_core.backbone.geometry import Geometry
@@ -213,8 +213,7 @@ def _row(
             licence=reference.licence,
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r:.60})") from error
+        raise UsageError(first_fault(error)) from error
 
 
 def _settings(method: Method) -> str:

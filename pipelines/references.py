@@ -17,7 +17,7 @@ import pyarrow.dataset as ds
 from pydantic import ValidationError
 
 from pipelines.storage import Storage, join, scheme
-from schemas import ErrorCode, PlanSettings, Reference, RowError, TuneSettings, UsageError
+from schemas import ErrorCode, PlanSettings, Reference, RowError, TuneSettings, UsageError, first_fault
 from vmt_core import video
 from vmt_core.presets import native
 
@@ -65,10 +65,7 @@ def _table(storage: Storage, uri: str) -> list[Reference]:
         try:
             reference = Reference.model_validate(values)
         except ValidationError as error:
-            first = error.errors()[0]
-            raise UsageError(
-                f"--references {uri}, row {number}: {'.'.join(map(str, first['loc']))}: {first['msg']}"
-            ) from error
+            raise UsageError(f"--references {uri}, row {number}: {first_fault(error)}") from error
         place = reference.uri
         if scheme(place) == "file" and not place.startswith(("/", "~", "file://")):
             place = join(folder, place)

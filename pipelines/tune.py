@@ -30,7 +30,7 @@ from pipelines.cluster import RunFailed
 from pipelines.prepare import prepare_all
 from pipelines.references import Clip, open_all, references
 from pipelines.storage import Storage, absolute, describe, join
-from schemas import AdapterRow, ErrorCode, Reference, RowError, StageSettings, TuneSettings, UsageError
+from schemas import AdapterRow, ErrorCode, Reference, RowError, StageSettings, TuneSettings, UsageError, first_fault
 from vmt_core import flops
 from vmt_core.adapters import files
 from vmt_core.adapters.settings import TUNING_VERSION, FollowYourMotion
@@ -245,8 +245,7 @@ def _row(common: dict[str, Any], reference: Reference, settings: TuneSettings, c
             category=reference.category,
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        raise UsageError(f"{'.'.join(map(str, first['loc']))}: {first['msg']} (got {first['input']!r:.60})") from error
+        raise UsageError(first_fault(error)) from error
     if clip and not caption.strip():
         error = RowError(
             ErrorCode.CAPTION_EMPTY,

@@ -7,7 +7,7 @@
 `cli.py` settings from a YAML file, then the environment, then the command line.
 """
 
-from schemas.errors import ErrorCode, RowError, UsageError
+from schemas.errors import ErrorCode, RowError, UsageError, first_fault
 from schemas.rows import AdapterRow, ManifestRow, MetricRow, Reference, ResultRow, Row, WorldClip, sample_id
 from schemas.sections import (
     DeepSpeedSettings,
@@ -55,5 +55,6 @@ __all__ = [
     "TuneSettings",
     "UsageError",
     "WorldClip",
+    "first_fault",
     "sample_id",
 ]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from pydantic import ValidationError
+
 
 class ErrorCode(StrEnum):
     """What went wrong with a row. The comment says what the user can do about it."""
@@ -72,3 +74,9 @@ class RowError(Exception):
 
 class UsageError(Exception):
     """What was asked cannot be run: the job prints one line and exits with 2."""
+
+
+def first_fault(error: ValidationError) -> str:
+    """The first thing that is wrong with a row's values: `height: Input should be … (got 100)`."""
+    fault = error.errors()[0]
+    return f"{'.'.join(map(str, fault['loc'])) or 'row'}: {fault['msg']} (got {fault['input']!r:.100})"
