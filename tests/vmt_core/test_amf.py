@@ -149,6 +149,26 @@ def test_texture_matters_only_where_the_match_leaves_the_frame(objective, pairs)
     assert objective.loss(features(moving(geometry, shift.tolist(), seed=1)), motion, geometry) < 1e-3
 
 
+@pytest.mark.parametrize("objective", [FullAMF(block=0), FullAMF(block=0, reference="hard")])
+def test_a_loss_over_all_ordered_pairs_is_the_same_for_both_clips_backwards(objective):
+    geometry = Geometry(4, 5, 6)
+    reference, made = noisy(geometry, 0), noisy(geometry, 1)
+    there, back = (
+        objective.loss(features(*two), objective.encode(features(*one), geometry), geometry)
+        for one, two in ((reference, made), ([x.flip(0) for x in reference], [x.flip(0) for x in made]))
+    )
+    assert there > 0
+    assert torch.allclose(there, back, rtol=1e-5)
+
+
+def test_near_pairs_see_which_way_time_runs():
+    geometry = Geometry(3, 9, 11)
+    objective = WindowedAMF(**SHARP, window_weight=0)
+    clip = moving(geometry, (0, 1))
+    motion = objective.encode(features(clip), geometry)
+    assert objective.loss(features(clip.flip(0)), motion, geometry) > 1  # a step of one token the wrong way: two off
+
+
 @pytest.mark.parametrize("objective", [WindowedAMF(block=0, window=3, tile=(2, 2), drift="absolute"), FullAMF(block=0)])
 def test_the_gradient_is_that_of_finite_differences(objective):
     geometry = Geometry(3, 3, 4)

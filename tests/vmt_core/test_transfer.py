@@ -124,6 +124,31 @@ def test_videos_come_prompt_by_prompt_each_with_every_seed(tiny_bf16, name):
 
 
 @pytest.mark.parametrize("kind", ["fastvmt", "ditflow"])
+@pytest.mark.parametrize("nothing", [{"span": 0.0}, {"learning_rate": (0.0, 0.0)}])
+def test_guidance_that_does_nothing_is_plain_sampling_bit_for_bit(tiny, kind, nothing):
+    transfer = MotionTransfer(tiny, method(kind, guidance={"span": 0.5} | nothing), SAMPLING)
+    artifact = transfer.prepare(clip())
+    rows = [artifact], [tiny.caption("a red ball")], [tiny.caption("")], [5]
+    plain = MotionTransfer(tiny, METHODS["none"](), SAMPLING).denoise(*rows).latents
+    assert torch.equal(transfer.denoise(*rows).latents, plain)
+
+
+def test_what_fails_within_a_guided_step_leaves_the_model_as_it_was(tiny, monkeypatch):
+    transfer = MotionTransfer(tiny, method("fastvmt"), SAMPLING)
+    rows = [transfer.prepare(clip())], [tiny.caption("a red ball")], [tiny.caption("")], [5]
+    before = transfer.denoise(*rows).latents
+
+    def out_of_memory(*_):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(type(transfer.method.guidance.objective), "loss", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            transfer.denoise(*rows)
+    assert torch.equal(transfer.denoise(*rows).latents, before)
+
+
+@pytest.mark.parametrize("kind", ["fastvmt", "ditflow"])
 def test_guidance_lowers_its_loss(tiny, kind):
     transfer = MotionTransfer(
         tiny, method(kind, guidance={"span": 0.5, "interval": 1, "learning_rate": (0.02, 0.02)}), SAMPLING
@@ -190,6 +215,17 @@ def test_an_artifact_survives_its_file(tiny, tmp_path, kind):
     assert all(torch.equal(loaded.motion[key], artifact.motion[key]) for key in loaded.motion)
 
 
+@pytest.mark.parametrize("kind", ["fastvmt", "ditflow"])
+def test_an_artifact_from_its_file_gives_the_same_video(tiny, tmp_path, kind):
+    transfer = MotionTransfer(tiny, method(kind), SAMPLING)
+    artifact = transfer.prepare(clip())
+    artifact.save(tmp_path / "a.safetensors")
+    (kept,), (loaded,) = (
+        transfer.transfer(one, ["a red ball"], [3]) for one in (artifact, Artifact.load(tmp_path / "a.safetensors"))
+    )
+    assert torch.equal(kept, loaded)
+
+
 def test_an_artifact_of_another_objective_is_refused(tiny):
     plain, windowed = (
         MotionTransfer(tiny, METHODS["none"](), SAMPLING),
@@ -253,6 +289,23 @@ def test_an_adapter_that_was_attached_and_not_used_changes_nothing(wan, adapter)
     plain = MotionTransfer(wan, METHODS["none"](), SAMPLING)
     before = plain.denoise(*arguments).latents
     MotionTransfer(wan, TUNED, SAMPLING, adapter)
+    assert torch.equal(plain.denoise(*arguments).latents, before)
+
+
+def test_an_adapter_is_off_again_after_a_run_that_failed(wan, adapter, monkeypatch):
+    artifact = Artifact(torch.zeros(16, 3, 6, 8), wan.caption(""))
+    arguments = [artifact], [wan.caption("a red ball")], [wan.caption("")], [5]
+    plain = MotionTransfer(wan, METHODS["none"](), SAMPLING)
+    before = plain.denoise(*arguments).latents
+    tuned = MotionTransfer(wan, TUNED, SAMPLING, adapter)
+
+    def out_of_memory(*_, **__):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as broken:
+        broken.setattr(type(wan), "velocity", out_of_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            tuned.denoise(*arguments)
     assert torch.equal(plain.denoise(*arguments).latents, before)
 
 

@@ -145,7 +145,7 @@ class VelocityLoss(nn.Module):
     ) -> tuple[Tensor, Logs]:
         """latents, noise (B, C, F, h, w); sigma (B,); text (B, L, dim); anchor: see `motion_loss`."""
         predicted, velocity = self.velocity(latents, noise, sigma, text, positions)
-        weight = loss_weight(sigma, self.settings.shift)
+        weight = loss_weight(sigma, self.settings.shift) if self.settings.weighting == "bell" else torch.ones_like(sigma)
         squared = (predicted - velocity).square().flatten(1).mean(1)
         if latents.shape[2] == 1:
             return (weight * squared).mean(), {}

@@ -48,6 +48,10 @@ class FollowYourMotion(BaseModel):
     )
     motion_weight: float = Field(default=1.0, ge=0)
     shift: float = Field(default=5.0, gt=0, description="of the noise levels that are drawn")
+    weighting: Literal["bell", "flat"] = Field(
+        default="bell",
+        description="of the loss over noise levels: next to nothing near pure noise, or alike (where motion is decided there)",
+    )
 
     @classmethod
     def preset(cls, name: str = "default", **changes: Any) -> FollowYourMotion:
@@ -131,7 +135,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "rank": 16,
         "alpha": 16,
         "stride": 2,
-        "shift": 3.0,
+        "shift": 12.0,  # it decides above 0.9 where things are and how they move: see its model card
+        "weighting": "flat",
         "frames_a_draw": 8,
         "clips_a_draw": 4,
         "spatial": Schedule(steps=60, learning_rate=1e-3, warmup=10, validate_every=20),

@@ -39,7 +39,9 @@ PHASES = (
     Phase(2500, ((8, 17, 192, 192), (28, 1, 192, 192)), 0.8, warmup=100, decay_to=0.03, renew=60),
 )
 #: Of a model that has seen the others.
-MORE_PHASES = (Phase(1600, ((28, 1, 192, 192), *((8, 17, 192, 192),) * 3), 0.6, warmup=60, decay_to=0.02, renew=40),)
+MORE_PHASES = (
+    Phase(1600, ((28, 1, 192, 192), *((8, 17, 192, 192),) * 3), 0.6, warmup=60, decay_to=0.02, renew=80, before=2720),
+)
 #: Of the noise levels, one drawn for each clip. Whether a clip hangs together is decided above 0.9, where shift 12 has three fifths of its
 #: levels and shift 3 an eighth; at 1 edges are learnt.
 SHIFTS = (1.0, 3.0, 12.0, 12.0, 12.0)
@@ -146,7 +148,7 @@ class DitStage:
         count, frames, height, width = random.choice(phase.clips)
         size = (frames, height, width)
         renew = phase.renew if frames > 1 else max(1, phase.renew // CHEAPER)
-        latents, kinds, seeds = self.pool.draw(random, within, count, size, renew=renew)
+        latents, kinds, seeds = self.pool.draw(random, phase.before + within, count, size, renew=renew)
         shift = torch.tensor([random.choice(SHIFTS) for _ in range(count)])
         sigma = shifted(torch.randn(count, generator=generator).sigmoid(), shift)
         length = WAN_LENGTH if frames > 1 and random.random() < LONG_CAPTIONS else SHORT_LENGTH

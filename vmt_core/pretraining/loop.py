@@ -34,6 +34,7 @@ class Phase:
     warmup: int = 200
     decay_to: float = 0.1  # of the learning rate, at the phase's end
     renew: int = 20  # steps after which new clips join the cached ones (transformer)
+    before: int = 0  # steps of an earlier run, whose clips are there from the first step
 
 
 class Stage(Protocol):

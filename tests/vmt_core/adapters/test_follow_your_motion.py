@@ -154,6 +154,17 @@ def test_the_weight_is_a_bell_of_mean_one_over_the_drawn_levels():
     assert loss_weight(torch.tensor(list(known)), 5.0).tolist() == pytest.approx(list(known.values()), abs=0.01)
 
 
+def test_flat_weighting_counts_every_level_alike_and_the_bell_next_to_nothing_near_noise(tiny, prepared):
+    losses = {}
+    for weighting in ("bell", "flat"):
+        made = task("spatial", tiny, prepared, settings(weighting=weighting))
+        latents, noise, _, text = made.batch(0)
+        for sigma in (0.999, 0.5):
+            losses[weighting, sigma], _ = made.module(latents, noise, torch.full((len(latents),), sigma), text)
+    assert losses["bell", 0.999] < 0.02 * losses["flat", 0.999]
+    assert losses["bell", 0.5] > losses["flat", 0.5]
+
+
 @pytest.fixture
 def velocity():
     return torch.randn(2, 4, 5, 3, 3, generator=torch.Generator().manual_seed(0))

@@ -22,7 +22,7 @@ from vmt_core.metrics.motion import (
     trajectory_correlation,
 )
 from vmt_core.world import Scene, grid_points, masks, render, sample, tracks
-from vmt_core.world.spec import Background, Camera, Object, Still
+from vmt_core.world.spec import Background, Camera, Line, Object, Still
 
 SIDE = 128
 
@@ -64,6 +64,22 @@ def test_agreement_by_hand(first, second, expected):
     one, two = straight(*first), straight(*second)
     assert aligned(one, two, 256) == pytest.approx(expected, abs=1e-6)
     assert aligned(two, one, 256) == pytest.approx(expected, abs=1e-6)
+
+
+def circle(turns=1.0, phase=0.0, steps=16, points=4):
+    """Tracks of a rigid body that goes round in a circle of 20 pixels, `turns` times in a clip, from `phase` (radians) on."""
+    angle = phase + 2 * math.pi * turns * torch.arange(steps + 1) / steps
+    path = 20 * torch.stack([angle.cos(), angle.sin()], -1)
+    positions = path[:, None] + 50 * torch.arange(points)[None, :, None]
+    return positions, torch.ones(positions.shape[:2], dtype=torch.bool)
+
+
+@pytest.mark.parametrize("phase", [0.0, math.pi / 3, math.pi / 2, 2.0, math.pi])
+def test_circles_agree_as_the_cosine_of_their_phase(phase):
+    """Steps of a circle are chords, turned by the phase; once the other way round, directions are alike as often as opposite."""
+    assert aligned(circle(), circle(phase=phase), 256) == pytest.approx(math.cos(phase), abs=1e-5)
+    assert aligned(circle(), circle(turns=-1, phase=phase), 256) == pytest.approx(0, abs=1e-5)
+    assert matched(circle(), circle(phase=phase), 256) == pytest.approx(math.cos(phase), abs=1e-5)
 
 
 def test_nothing_that_moves_is_undefined_and_hidden_steps_do_not_count():
@@ -155,14 +171,31 @@ def test_a_background_does_not_drift_along(pattern):
     assert aligned(exact, found, scene.width) > 0.7
 
 
-def test_brightness_does_not_matter():
+@pytest.mark.parametrize("agreement", [aligned, matched])
+def test_brightness_does_not_matter(agreement):
     points = grid_points(SIDE, SIDE)
     scene, frames = pan(0.2, 0.2)
     exact = of_world(tracks(scene, points))
     dark = (frames.float() * 0.7).to(torch.uint8)
-    assert aligned(exact, flow_tracks(dark, points), SIDE) == pytest.approx(
-        aligned(exact, flow_tracks(frames, points), SIDE), abs=0.03
+    assert agreement(exact, flow_tracks(dark, points), SIDE) == pytest.approx(
+        agreement(exact, flow_tracks(frames, points), SIDE), abs=0.03
     )
+
+
+def test_a_pan_is_not_the_motion_of_an_object():
+    """The object goes where the pan takes everything: they agree on the object, and nowhere else."""
+    scene, panned = pan(0.3, 0.0)
+    points = start_points(SIDE, SIDE)
+    slide = Line(start=(0, 0), end=(-0.3, 0.0))
+    alone = scene.model_copy(
+        update={"bodies": (scene.bodies[0].model_copy(update={"path": slide}),), "camera": Camera(kind="still")}
+    )
+    whole, body = of_world(tracks(scene, points)), of_world(tracks(alone, points))
+    on_it = masks(scene)[0].flatten()[(points.long() @ torch.tensor([1, SIDE]))] >= 0
+    share = float(on_it.float().mean())
+    assert moving_share(whole, SIDE) > 0.6 and moving_share(body, SIDE) == pytest.approx(share, abs=0.02)
+    assert 0 < aligned(whole, body, SIDE) < 0.3
+    assert aligned(whole, flow_tracks(panned, points), SIDE) > 0.85
 
 
 def test_tracks_to_be_drawn():
