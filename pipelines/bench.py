@@ -50,13 +50,13 @@ def run(settings: BenchSettings, say: Callable[[str], None] = print) -> dict[str
         raise UsageError(
             f"--output {settings.output}: holds a benchmark with another {', '.join(apart)}; take another folder"
         )
-    storage.write(about_suite, wanted.encode())
     if not storage.exists(table):
         clips = (
             _procedural(settings, say)
             if settings.suite == "procedural"
             else suites.folder(storage, settings.clips or "", join(settings.output, "clips"))
         )
+        storage.write(about_suite, wanted.encode())
         _write(storage, table, clips)
     place = join(settings.output, "manifest")
     plan.run(PlanSettings.like(settings, references=table, output=place, skip_bad=True), say)

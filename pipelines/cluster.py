@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.data import DataContext
 
 from schemas import RaySettings, StageSettings
@@ -68,10 +69,22 @@ def connected(settings: RaySettings, pools: Sequence[StageSettings]) -> Iterator
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray put its own in the place
     try:
+        if address:
+            _ask_for(pools)
         wait_for(needed, settings.wait_s if address else 0)
         yield
     finally:
+        if address and ray.is_initialized():
+            with contextlib.suppress(ConnectionError, RuntimeError):  # the head node is gone
+                _ask_for(())
         ray.shutdown()
+
+
+def _ask_for(pools: Sequence[StageSettings]) -> None:
+    """Tells an autoscaler what the pools take at least; it adds nodes for demands, and idle pools make none. None: nothing any more."""
+    bundles = [{"CPU": pool.cpus, "GPU": pool.gpus} for pool in pools for _ in range(pool.actors)]
+    bundles = [{name: amount for name, amount in bundle.items() if amount} for bundle in bundles]
+    request_resources(bundles=[*bundles, *[{"CPU": 1.0}] * ENGINE_CPUS] if pools else [])
 
 
 @contextlib.contextmanager

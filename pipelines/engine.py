@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from schemas import DeepSpeedSettings
-from vmt_core.tuning import MOMENTS, Batch, Logs, Schedule, to
+from vmt_core.tuning import MOMENTS, Batch, Schedule, StepLogs, to
 
 
 class DeepSpeedEngine:
@@ -27,6 +27,7 @@ class DeepSpeedEngine:
     def __init__(
         self, module: nn.Module, schedule: Schedule, settings: DeepSpeedSettings, *, workers: int, device: torch.device
     ) -> None:
+        bf16 = in_bf16(settings, device)
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
         import deepspeed
         from deepspeed import utils
@@ -42,17 +43,17 @@ class DeepSpeedEngine:
             optimizer=self.adamw,
             model_parameters=list(self.trained.values()),
             dist_init_required=False,
-            config=configuration(schedule, settings, workers),
+            config=configuration(schedule, settings, workers, bf16),
         )
         for moments in self.adamw.state.values():  # ZeRO 3 makes its moments by a step of its own
             moments["step"].zero_()
         self.has_moments = False
         self.masters = (
-            settings.zero > 0 or settings.bf16
+            settings.zero > 0 or bf16
         )  # weights and moments are the optimizer's own, parted among the workers
         self.gathered = deepspeed.zero.GatheredParameters
 
-    def accumulate(self, batch: Batch) -> tuple[float, Logs]:
+    def accumulate(self, batch: Batch) -> tuple[float, StepLogs]:
         """Forward and backward of one draw; the last of a step makes the update due."""
         loss, logs = self.engine(*to(batch, self.device))
         self.engine.backward(loss)
@@ -130,7 +131,12 @@ class DeepSpeedEngine:
             self.utils.safe_set_full_optimizer_state(weight, value, key)
 
 
-def configuration(schedule: Schedule, settings: DeepSpeedSettings, workers: int) -> dict[str, Any]:
+def in_bf16(settings: DeepSpeedSettings, device: torch.device) -> bool:
+    """Whether the model is trained in bf16: as it is set, else on GPUs."""
+    return device.type == "cuda" if settings.bf16 is None else settings.bf16
+
+
+def configuration(schedule: Schedule, settings: DeepSpeedSettings, workers: int, bf16: bool) -> dict[str, Any]:
     """DeepSpeed's own configuration."""
     zero: dict[str, Any] = {"stage": settings.zero}
     if settings.offload:
@@ -142,7 +148,7 @@ def configuration(schedule: Schedule, settings: DeepSpeedSettings, workers: int)
         "gradient_accumulation_steps": schedule.draws // workers,
         "gradient_clipping": schedule.clip,
         "zero_optimization": zero,
-        "bf16": {"enabled": settings.bf16},
+        "bf16": {"enabled": bf16},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # its own AdamW for the CPU would have to be compiled
         "steps_per_print": 10**9,

@@ -13,6 +13,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from heapq import nsmallest
 from typing import Any
@@ -25,15 +26,15 @@ import ray
 from ray.data import ActorPoolStrategy
 from ray.data.datasource import Partitioning
 
-from pipelines import cluster, lock, progress, report, tables
+from pipelines import cluster, lock, models, progress, report, tables
 from pipelines.cluster import RunFailed
 from pipelines.ledger import Ledger
 from pipelines.measure import COLUMNS, Measure, folder_of
 from pipelines.storage import Storage, absolute, join
+from pipelines.tracker import start as tracker_of_run
 from schemas import ErrorCode, EvaluateSettings, MetricRow, ResultRow, UsageError
 from vmt_core.metrics.noncommercial import NOTICE
 
-REPORT_ROWS = 10_000  # of the page, failures first
 _DRAWN = 500  # of those, the ones whose tracks can be drawn over the videos
 
 
@@ -45,10 +46,11 @@ def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[
         RunFailed: it stopped before its end; the same command goes on from there.
     """
     storage, began = Storage(settings.storage), time.monotonic()
-    settings = settings.model_copy(
-        update={"run": list(dict.fromkeys(map(absolute, settings.run))), "output": absolute(settings.output)}
-    )
-    found = {output: Ledger(storage, output).done() for output in settings.run}
+    settings = _absolute(settings)
+    try:
+        found = {output: Ledger(storage, output).done() for output in settings.run}
+    except ValueError as error:
+        raise RunFailed(str(error)) from error
     for output, results in found.items():
         if not results:
             raise UsageError(f"--run {output}: has no results; make some with jobs/transfer.py")
@@ -107,6 +109,19 @@ def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[
     return summary
 
 
+def _absolute(settings: EvaluateSettings) -> EvaluateSettings:
+    """With places that mean the same to actors, which have another directory."""
+    places: dict[str, Any] = {
+        "run": list(dict.fromkeys(map(absolute, settings.run))),
+        "output": absolute(settings.output),
+    }
+    for name in ("clip", "dino", "aesthetic_clip"):
+        places[name] = models.anywhere(model) if (model := getattr(settings, name)) else None
+    for name in ("aesthetic_head", "cotracker", "amt"):
+        places[name] = absolute(file) if (file := getattr(settings, name)) else None
+    return settings.model_copy(update=places)
+
+
 def page(
     settings: EvaluateSettings,
     storage: Storage,
@@ -122,7 +137,7 @@ def page(
         lines: of the comparison of what was measured.
     """
     first = nsmallest(
-        REPORT_ROWS,
+        report.ROWS,
         read(settings, storage),
         key=lambda row: (row.status == "ok", row.reference_uri, row.prompt, row.seed),
     )
@@ -167,11 +182,18 @@ def mend(
         results: of each run, sample_id -> error code, or None for ok.
     """
     done: dict[str, set[str]] = {run: set() for run in results}
-    for uri in _files(settings, storage):
+    columns = ["run", "sample_id", "status", "error_code", "video_uri"]
+
+    def opened(uri: str) -> tuple[str, pq.ParquetFile, list[dict[str, Any]]]:
         filesystem, path = storage.arrow(uri)
         file = pq.ParquetFile(path, filesystem=filesystem)
+        return uri, file, file.read(columns).to_pylist()
+
+    with ThreadPoolExecutor(8) as pool:
+        tables_of_files = list(pool.map(opened, _files(settings, storage)))
+    for uri, file, rows in tables_of_files:
         keep = []
-        for row in file.read(["run", "sample_id", "status", "error_code", "video_uri"]).to_pylist():
+        for row in rows:
             run, sample = row["run"], row["sample_id"]
             if run not in results:  # of an evaluation of other runs
                 keep.append(True)
@@ -189,11 +211,15 @@ def mend(
 
 
 def _stale(row: Mapping[str, Any], result: str | None) -> bool:
-    """Whether a metric row says another thing than its result now does, or failed for a reason that may be gone."""
+    """Whether a metric row says another thing than its result now does, or failed for a reason that may be gone.
+
+    An internal error may be: of another version of this code, or of a GPU.
+    """
     if result is not None:
         return bool(row["error_code"] != result)
     made = row["video_uri"] is not None  # when it was measured
-    return row["status"] == "failed" and (not made or ErrorCode(row["error_code"]).transient)
+    code = row["error_code"]
+    return row["status"] == "failed" and (not made or code == ErrorCode.INTERNAL or ErrorCode(code).transient)
 
 
 def _measure(
@@ -207,6 +233,7 @@ def _measure(
     with cluster.connected(settings.ray, (settings.measure,)):
         context = cluster.quiet_data()
         context.execution_no_progress_timeout_s = settings.rows_per_block * settings.limits.row_seconds
+        tracker = tracker_of_run()
         ended, failed, began, told = 0, 0, time.monotonic(), time.monotonic()
         try:
             for output in settings.run:
@@ -219,7 +246,7 @@ def _measure(
                     .repartition(target_num_rows_per_block=settings.rows_per_block)
                     .map_batches(
                         Measure,
-                        fn_constructor_args=(settings, output, frozenset(done[output])),
+                        fn_constructor_args=(settings, output, frozenset(done[output]), tracker),
                         batch_size=settings.rows_per_block,
                         batch_format="pyarrow",
                         compute=ActorPoolStrategy(size=settings.measure.actors),

@@ -144,12 +144,13 @@ class Ledger:
             self._storage.delete(old)
 
     def _committed(self) -> set[str]:
-        ids: set[str] = set()
-        for uri in self._storage.find(self.checkpoint):
-            if uri.endswith(".parquet"):
-                filesystem, path = self._storage.arrow(uri)
-                ids.update(pq.read_table(path, filesystem=filesystem, columns=[ID])[ID].to_pylist())
-        return ids
+        files = [uri for uri in self._storage.find(self.checkpoint) if uri.endswith(".parquet")]
+        if not files:
+            return set()
+        filesystem, _ = self._storage.arrow(files[0])
+        paths = [self._storage.arrow(uri)[1] for uri in files]
+        known = ds.dataset(paths, filesystem=filesystem, format="parquet", partitioning=None)  # reads many at once
+        return set(known.to_table([ID])[ID].to_pylist())
 
     def _rewrite_checkpoint(self, rows: Collection[str]) -> None:
         old = self._storage.find(self.checkpoint)

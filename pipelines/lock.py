@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from pipelines.storage import Storage, describe
+from pipelines.storage import Storage, StorageUnavailable, describe
 from schemas import UsageError
 
 RENEW_S = 5.0
@@ -30,10 +30,13 @@ def held(storage: Storage, uri: str, *, renew_s: float = RENEW_S) -> Iterator[Ca
 
     Raises:
         UsageError: another run holds it, or it cannot be written.
+        StorageUnavailable: the storage does not answer.
     """
     mine = _identity()
     try:
         _acquire(storage, uri, mine, patience=3 * renew_s)
+    except StorageUnavailable:
+        raise
     except OSError as error:
         raise UsageError(f"{uri}: cannot be written ({describe(error)})") from error
     stop, lost = threading.Event(), threading.Event()
@@ -108,9 +111,9 @@ def _is_gone(owner: dict[str, Any]) -> bool:
 
 
 def _boot() -> str:
-    """Identity of this boot of this host, or of this container's host."""
-    file = Path("/proc/sys/kernel/random/boot_id")
-    return file.read_text().strip() if file.is_file() else ""
+    """Identity of this boot of this host and of its process ids, of which containers have their own."""
+    file, ids = Path("/proc/sys/kernel/random/boot_id"), Path("/proc/self/ns/pid")
+    return f"{file.read_text().strip()} {os.readlink(ids)}" if file.is_file() and ids.is_symlink() else ""
 
 
 def _started(pid: int) -> str | None:

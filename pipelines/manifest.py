@@ -84,6 +84,8 @@ def check(
     if faults:
         more = [f"… and {len(faults) - _SHOWN_FAULTS} more"] if len(faults) > _SHOWN_FAULTS else []
         raise UsageError("\n".join([*faults[:_SHOWN_FAULTS], *more]))
+    if missing := sorted(set(samples) - seen):
+        raise UsageError(f"--manifest {uri}: has no rows with the ids {', '.join(missing[:_SHOWN_FAULTS])}")
     if not selection.ids:
         rows = f"rows of {method}, only of {', '.join(sorted(selection.methods))}" if selection.methods else "rows"
         rows = f"rows with the ids {', '.join(samples)}" if samples and selection.methods else rows

@@ -15,16 +15,20 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import ray
 import torch
 from pydantic import ValidationError
 
 from pipelines import models
-from pipelines.storage import Storage, StorageUnavailable, join
+from pipelines.stage import out_of_memory
+from pipelines.stages import Cache
+from pipelines.storage import Storage, StorageUnavailable, describe, join
+from pipelines.tracker import Guard
 from schemas import EvaluateSettings, MeasuringSettings, MetricRow, RowError
 from vmt_core import video
 from vmt_core.metrics import encoders, noncommercial
 from vmt_core.metrics.motion import packed
-from vmt_core.metrics.suite import VERSIONS, Suite, Video
+from vmt_core.metrics.suite import VERSIONS, Reference, Suite, Video
 from vmt_core.shapes import Frames
 from vmt_core.world import Scene
 
@@ -67,10 +71,12 @@ def folder_of(settings: EvaluateSettings) -> str:
 class Measure:
     """Loads the encoders that were given once; then batches of result rows become metric rows."""
 
-    def __init__(self, settings: EvaluateSettings, run: str, done: frozenset[str]) -> None:
+    def __init__(self, settings: EvaluateSettings, run: str, done: frozenset[str], tracker: Any) -> None:
         torch.set_num_threads(settings.measure.threads or max(1, int(settings.measure.cpus)))
         self.settings, self.run, self.done = settings, run, done
         self.storage = Storage(settings.storage)
+        self.references: Cache[Reference] = Cache(4)
+        self.guard = Guard(tracker, run, ray.get_runtime_context().get_node_id(), settings.limits.row_seconds)
         self.suite = Suite(
             clip=self._clip(settings.clip),
             dino=encoders.Dino(models.local(settings.dino, self.storage), settings.device) if settings.dino else None,
@@ -106,13 +112,15 @@ class Measure:
                 **common, status="failed", error_code=row["error_code"], error_message=row["error_message"]
             )
         try:
-            with tempfile.TemporaryDirectory(prefix="vmt-") as folder:
-                frames, _ = self._read(row, row["video_uri"], Path(folder) / "video.mp4")
-                reference, tags = self._read(row, row["reference_video_uri"], Path(folder) / "reference.mp4")
-            scene = _scene(row, tags)
-            about = Video(frames, reference, row["prompt"], scene)
-            values, reasons = self.suite.measure(about)
-            drawn = {name: packed(getattr(about, name), *frames.shape[-2:]) for name in ("tracks", "reference_tracks")}
+            with self.guard.row(row["sample_id"]):
+                with tempfile.TemporaryDirectory(prefix="vmt-") as folder:
+                    frames, _ = self._read(row, row["video_uri"], Path(folder) / "video.mp4")
+                seen = ("reference_video_uri", "height", "width", "frames", "fps", "start_frame")
+                reference = self.references.get(tuple(row[name] for name in seen), lambda: self._reference(row))
+                about = Video(frames, reference, row["prompt"])
+                values, reasons = self.suite.measure(about)
+                tracks = {"tracks": about.tracks, "reference_tracks": reference.tracks}
+                drawn = {name: packed(found, *frames.shape[-2:]) for name, found in tracks.items()}
         except RowError as error:
             return MetricRow(**common, status="failed", error_code=error.code.value, error_message=error.message[:2000])
         except StorageUnavailable as error:
@@ -120,9 +128,15 @@ class Measure:
                 **common, status="failed", error_code="storage_unavailable", error_message=str(error)[:2000]
             )
         except Exception as error:
-            message = f"{type(error).__name__}: {error}"[:2000]
-            return MetricRow(**common, status="failed", error_code="internal", error_message=message)
-        return MetricRow(**common, **values, **drawn, status="ok", exact=scene is not None, absent=json.dumps(reasons))
+            code = "out_of_memory" if out_of_memory(error) else "internal"
+            return MetricRow(**common, status="failed", error_code=code, error_message=describe(error)[:2000])
+        exact = reference.scene is not None
+        return MetricRow(**common, **values, **drawn, status="ok", exact=exact, absent=json.dumps(reasons))
+
+    def _reference(self, row: dict[str, Any]) -> Reference:
+        with tempfile.TemporaryDirectory(prefix="vmt-") as folder:
+            frames, tags = self._read(row, row["reference_video_uri"], Path(folder) / "reference.mp4")
+        return Reference(frames, _scene(row, tags))
 
     def _read(self, row: dict[str, Any], uri: str, local: Path) -> tuple[Frames, dict[str, str]]:
         limits = self.settings.limits
@@ -152,9 +166,7 @@ def _scene(row: dict[str, Any], tags: dict[str, str]) -> Scene | None:
         scene = Scene.model_validate_json(tags["scene"])
     except (KeyError, ValidationError):
         return None
-    whole = row["start_frame"] == 0 and abs(scene.fps - row["fps"]) < 1e-3 and scene.frames >= row["frames"]
+    whole = row["start_frame"] == 0 and abs(scene.fps - row["fps"]) < 1e-3 and scene.frames == row["frames"]
     if not whole or scene.height * row["width"] != scene.width * row["height"]:
-        return None
-    if scene.frames != row["frames"]:
         return None
     return scene.model_copy(update={"height": row["height"], "width": row["width"]})

@@ -13,8 +13,9 @@ import pyarrow as pa
 import ray
 from ray.data import ActorPoolStrategy
 
-from pipelines import cluster, models
-from pipelines.storage import Storage, StorageUnavailable, join
+from pipelines import cluster, models, tracker
+from pipelines.stage import out_of_memory
+from pipelines.storage import Storage, StorageUnavailable, describe, join
 from schemas import AdapterRow, RowError, TuneSettings
 from schemas.errors import ErrorCode
 from vmt_core import video
@@ -38,7 +39,8 @@ def prepare_all(
     settings: TuneSettings, storage: Storage, rows: list[AdapterRow], say: Callable[[str], None]
 ) -> list[AdapterRow]:
     """Prepares what is not prepared yet; the rows come back, some of them failed."""
-    missing = [row for row in rows if not storage.exists(place(settings.output, row))]
+    there = set(storage.find(join(settings.output, "prepared")))
+    missing = [row for row in rows if place(settings.output, row) not in there]
     if not missing:
         return rows
     say(f"{len(missing)} references to prepare")
@@ -49,7 +51,7 @@ def prepare_all(
         .repartition(target_num_rows_per_block=1)
         .map_batches(
             Prepare,
-            fn_constructor_args=(settings,),
+            fn_constructor_args=(settings, tracker.start()),
             batch_size=1,
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=min(settings.training.prepare.actors, len(missing))),
@@ -67,13 +69,15 @@ def prepare_all(
 class Prepare:
     """An actor with the VAE and the text encoder."""
 
-    def __init__(self, settings: TuneSettings) -> None:
+    def __init__(self, settings: TuneSettings, tracker_of_run: Any) -> None:
         import torch
 
         from vmt_core.backbone.wan import Backbone
 
         torch.set_num_threads(settings.training.prepare.threads or max(1, int(settings.training.prepare.cpus)))
         self.settings, self.storage = settings, Storage(settings.storage)
+        here = ray.get_runtime_context().get_node_id()
+        self.guard = tracker.Guard(tracker_of_run, "prepare", here, settings.limits.row_seconds)
         path = models.local(settings.model, self.storage)
         device = "cuda" if settings.training.prepare.gpus else "cpu"
         self.backbone = Backbone.load(path, parts=("vae", "text"), device=device)
@@ -89,7 +93,7 @@ class Prepare:
         limits = self.settings.limits
         failure: dict[str, Any]
         try:
-            with tempfile.TemporaryDirectory(prefix="vmt-") as folder:
+            with self.guard.row(row.adapter_id), tempfile.TemporaryDirectory(prefix="vmt-") as folder:
                 clip, file = Path(folder) / "reference", Path(folder) / "prepared.safetensors"
                 most = limits.max_reference_mib * 2**20
                 self.storage.fetch(row.reference_uri, clip, most_bytes=most, digest=row.reference_digest)
@@ -112,5 +116,6 @@ class Prepare:
         except StorageUnavailable as error:
             failure = {"error_code": ErrorCode.STORAGE_UNAVAILABLE, "error_message": str(error)[:2000]}
         except Exception as error:
-            failure = {"error_code": ErrorCode.INTERNAL, "error_message": f"{type(error).__name__}: {error}"[:2000]}
+            code = ErrorCode.OUT_OF_MEMORY if out_of_memory(error) else ErrorCode.INTERNAL
+            failure = {"error_code": code, "error_message": describe(error)[:2000]}
         return row.model_copy(update={"status": "failed", **failure})

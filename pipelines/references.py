@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow.dataset as ds
 from pydantic import ValidationError
 
-from pipelines.storage import Storage, join, scheme
+from pipelines.storage import Storage, StorageUnavailable, join, scheme
 from schemas import ErrorCode, PlanSettings, Reference, RowError, TuneSettings, UsageError, first_fault
 from vmt_core import video
 from vmt_core.presets import native
@@ -110,12 +110,18 @@ def _parquet(storage: Storage, uri: str) -> Iterable[dict[str, Any]]:
 def open_all(
     storage: Storage, settings: PlanSettings | TuneSettings, found: list[Reference]
 ) -> tuple[list[Clip], list[tuple[Reference, RowError]]]:
-    """The clips that can be used, in order, and those that cannot, with the reason."""
+    """The clips that can be used, in order, and those that cannot, with the reason.
+
+    Raises:
+        StorageUnavailable: the storage does not answer.
+    """
 
     def look(reference: Reference) -> Clip | tuple[Reference, RowError]:
         try:
             return _open(storage, settings, reference)
         except RowError as error:
+            if error.code.transient:  # that says nothing of the clip
+                raise StorageUnavailable(error.message) from error
             return reference, error
 
     with ThreadPoolExecutor(max_workers=8) as pool:

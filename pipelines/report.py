@@ -33,6 +33,7 @@ from schemas.rows import ResultRow
 #: Text columns travel as indexes into a pool of distinct strings, the others as numbers. Text as well are the seed,
 #: which may exceed what JavaScript holds exactly, the links to the result, to the reference as the model saw it,
 #: and to the original clip, and the tracks of points that can be drawn over both.
+ROWS = 10_000  # that a page shows at most: failures first
 _SCHEMA = {field.name: str(field.type) for field in ResultRow.arrow_schema()}
 _TEXT = (
     *(name for name, kind in _SCHEMA.items() if kind == "string"),
@@ -127,7 +128,7 @@ def _command(summary: Mapping[str, Any]) -> str:
     if not summary.get("manifest"):
         return ""
     words = ["python", "jobs/transfer.py", "--manifest", str(summary["manifest"]), "--model", str(summary.get("model"))]
-    return shlex.join([*words, "--output", "out/again", "--samples"])
+    return shlex.join([*words, *summary.get("again", ()), "--output", "out/again", "--samples"])
 
 
 def _pack(rows: Sequence[Mapping[str, Any]], output: str, place: str) -> dict[str, Any]:

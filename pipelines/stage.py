@@ -6,6 +6,8 @@ Errors are caught per row: a bad row becomes a failed row, its neighbours go on.
 from __future__ import annotations
 
 import gc
+import os
+import sys
 import time
 from abc import ABC, abstractmethod
 from datetime import UTC, datetime
@@ -112,7 +114,7 @@ class Stage(ABC):
         finally:
             self.watchdog.disarm()
             seconds = time.perf_counter() - began
-            ray.get(self.tracker.end.remote(self.name, ids, seconds))
+            ray.get(self.tracker.end.remote(self.name, ids))
         if outcomes is None:
             for row in group:
                 self._run([row])
@@ -137,6 +139,9 @@ class Stage(ABC):
                 if len(group) == 1:
                     return [RowError(ErrorCode.STORAGE_UNAVAILABLE, str(error))]
             except Exception as error:
+                if device_is_broken(error):
+                    print(f"{self.name}: {describe(error)}; this process ends", file=sys.stderr, flush=True)
+                    os._exit(1)  # the rows are still marked as begun: the tracker has them tried by another process
                 memory = out_of_memory(error)
                 if memory:
                     self.free()
@@ -196,6 +201,11 @@ def out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
     )
+
+
+def device_is_broken(error: BaseException) -> bool:
+    """True if the process cannot use its GPU any more: after such an error every later call fails as well."""
+    return not out_of_memory(error) and (type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error))
 
 
 def _note(row: Row, text: str) -> None:

@@ -131,12 +131,11 @@ class Transfer(Stage):
     name = "transfer"
 
     def setup(self) -> None:
-        path, where = models.local(self.settings.model, self.storage), device(self.settings, self.resources)
+        self.path, self.where = models.local(self.settings.model, self.storage), device(self.settings, self.resources)
         self.backbones: Cache[Backbone] = Cache(1)
-        self.load = lambda dtype: Backbone.load(path, parts=("transformer",), device=where, dtype=dtype)
         self.artifacts: Cache[Artifact] = Cache(8)
         self.adapters: Cache[dict[str, Weights]] = Cache(8)
-        self.transfers: Cache[MotionTransfer] = Cache(1)  # a backbone holds one adapter at a time
+        self.transfers: Cache[MotionTransfer] = Cache(1)
 
     def free(self) -> None:
         super().free()
@@ -152,7 +151,7 @@ class Transfer(Stage):
 
     def work(self, rows: list[Row], *, smaller: bool) -> list[Outcome]:
         first, options = rows[0], self.settings.transfer
-        backbone = self.backbones.get(first["dtype"], lambda: self.load(getattr(torch, first["dtype"])))
+        backbone = self.backbones.get(first["dtype"], lambda: self._load(first["dtype"]))
         backbone.checkpoint_policy = "full" if smaller else options.checkpoint
         sampling = Sampling(
             first["steps"], first["shift"], first["guidance_scale"], cfg="two_pass" if smaller else options.cfg
@@ -191,6 +190,10 @@ class Transfer(Stage):
                 }
             )
         return outcomes
+
+    def _load(self, dtype: str) -> Backbone:
+        self.transfers = Cache(1)  # the last one holds the old backbone, which is to make room
+        return Backbone.load(self.path, parts=("transformer",), device=self.where, dtype=getattr(torch, dtype))
 
     def _transfer(self, row: Row, backbone: Backbone, sampling: Sampling) -> MotionTransfer:
         method = build(row["method"], json.loads(row["method_settings"]))

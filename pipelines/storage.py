@@ -185,9 +185,12 @@ class Storage:
         """All objects below a prefix: path relative to it -> size and etag (S3) of each."""
         fs, path = self.filesystem(uri)
         found = self._retry(f"list {uri}", lambda: fs.find(path, detail=True))
-        return {
+        inside = {
             str(PurePosixPath(name).relative_to(path)): info for name, info in found.items() if not name.endswith("/")
         }
+        if outside := [name for name in inside if ".." in name.split("/")]:  # a local copy would be written elsewhere
+            raise PermissionError(f"{uri}: holds an object that is named {outside[0]!r}; names with '..' are refused")
+        return inside
 
     def glob(self, pattern: str) -> list[str]:
         """Objects that match a pattern, as URIs, sorted."""

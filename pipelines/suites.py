@@ -42,20 +42,27 @@ def other_looks(scene: Scene, number: int, random: Random) -> list[str]:
     return found
 
 
+_DAVIS_SIZE = "480p"  # that of its protocols, where there are several
+
+
 def davis(storage: Storage, uri: str, output: str, *, fps: float = 24.0) -> list[Reference]:
     """A DAVIS folder (`JPEGImages/<resolution>/<name>/00000.jpg …`): its sequences as videos below `output`, the same every time.
 
     Captions and prompts are not part of DAVIS: each sequence's name is its caption.
 
     Raises:
-        UsageError: no frames there, or one that cannot be read.
+        UsageError: no frames there, several sizes and none of 480p, or a frame that cannot be read.
     """
-    frames: dict[str, list[str]] = {}
+    sizes: dict[str, dict[str, list[str]]] = {}
     for name in storage.find(join(uri, "JPEGImages")):
         if name.lower().endswith((".jpg", ".jpeg")):
-            frames.setdefault(name.rsplit("/", 2)[1], []).append(name)
-    if not frames:
+            folder, sequence, _ = name.rsplit("/", 2)
+            sizes.setdefault(folder.rsplit("/", 1)[1], {}).setdefault(sequence, []).append(name)
+    if not sizes:
         raise UsageError(f"--clips {uri}: no JPEGImages/…/*.jpg below it")
+    if len(sizes) > 1 and _DAVIS_SIZE not in sizes:
+        raise UsageError(f"--clips {uri}: has JPEGImages of {', '.join(sorted(sizes))}, none of them {_DAVIS_SIZE}")
+    frames = sizes[_DAVIS_SIZE] if len(sizes) > 1 else next(iter(sizes.values()))
     found = []
     for name, files in sorted(frames.items()):
         target = join(output, f"{name}.mp4")

@@ -14,9 +14,12 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from schemas import ErrorCode, RowError
 
 Action = Literal["run", "alone", "crashed", "timed_out"]
 MOST_CRASHES = 2
@@ -37,8 +40,6 @@ class Snapshot:
     ok: int = 0
     failed: int = 0
     codes: Counter[str] = field(default_factory=Counter)
-    seconds: Counter[str] = field(default_factory=Counter)  # by stage
-    rows: Counter[str] = field(default_factory=Counter)  # by stage
     working_s: float = 0.0  # since the first row began
     stalled_s: float = 0.0  # since anything happened; 0 while a row is within its budget
     running: list[tuple[str, str, float]] = field(default_factory=list)  # stage, row, seconds; longest first
@@ -92,14 +93,12 @@ class Tracker:
         for row in rows:
             self._begun[stage, row] = _Begun(self._clock(), node, len(rows) == 1, budget)
 
-    def end(self, stage: str, rows: list[str], seconds: float) -> None:
-        """Work on these rows ended, well or badly, in so many seconds together."""
+    def end(self, stage: str, rows: list[str]) -> None:
+        """Work on these rows ended, well or badly."""
         self._active = self._clock()
         for row in rows:
             self._begun.pop((stage, row), None)
             self._crashes.pop((stage, row), None)
-        self._now.seconds[stage] += seconds
-        self._now.rows[stage] += len(rows)
 
     def finished(self, outcomes: list[str | None]) -> None:
         """Rows left the last stage: an error code each, or None for ok."""
@@ -122,10 +121,53 @@ class Tracker:
         return dict(vars(self._now))
 
 
+class Guard:
+    """For an actor outside the stages that works row by row: refuses a row that took two processes down, tells the tracker of the others.
+
+    Args:
+        seconds: after which a row counts as hanging, and this process is killed.
+    """
+
+    def __init__(self, tracker: Any, name: str, node: str, seconds: float) -> None:
+        self.tracker, self.name, self.node, self.seconds = tracker, name, node, seconds
+        self.watchdog = Watchdog()
+
+    @contextmanager
+    def row(self, key: str) -> Iterator[None]:
+        """Work on one row.
+
+        Raises:
+            RowError: crashed or timed_out, before anything is done.
+        """
+        import ray
+
+        action, _ = ray.get(self.tracker.admit.remote(self.name, [key]))[key]
+        if action == "crashed":
+            raise RowError(ErrorCode.CRASHED, "it took its worker process down twice")
+        if action == "timed_out":
+            raise RowError(ErrorCode.TIMED_OUT, f"it took more than limits.row_seconds={self.seconds:g}")
+        ray.get(self.tracker.begin.remote(self.name, [key], self.node, self.seconds))
+        self.watchdog.arm(self.seconds)
+        try:
+            yield
+        finally:
+            self.watchdog.disarm()
+            ray.get(self.tracker.end.remote(self.name, [key]))
+
+
 def _living_nodes() -> set[str]:
     import ray
 
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+
+
+def start() -> Any:
+    """A run's tracker, on this node: it lives and dies with its driver."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(num_cpus=0, scheduling_strategy=here)(Tracker).remote()
 
 
 class Watchdog:

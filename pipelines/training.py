@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import tempfile
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from tensorboardX import SummaryWriter
 
 from pipelines import distributed, models, prepare
-from pipelines.engine import DeepSpeedEngine
+from pipelines.engine import DeepSpeedEngine, in_bf16
 from pipelines.storage import Storage, absolute, describe, join
 from schemas import AdapterRow, ErrorCode, RowError, TuneSettings
 from vmt_core import video
@@ -116,7 +117,10 @@ def _train(settings: TuneSettings, row: AdapterRow, folder: str, gpus: bool) -> 
             with checkpoint.as_directory() as saved:
                 progress = _Progress.load(Path(saved), before)
         model = models.local(settings.model, storage)
-        dtype = torch.bfloat16 if settings.training.deepspeed.bf16 else torch.float32
+        dtype = torch.bfloat16 if in_bf16(settings.training.deepspeed, device) else torch.float32
+        if tuning.head_file is not None:
+            storage.fetch(tuning.head_file, work / files.HEAD_TYPES, most_bytes=2**20)
+            tuning = tuning.model_copy(update={"head_file": str(work / files.HEAD_TYPES)})
         board = SummaryWriter(logdir=str(work / "board")) if rank == 0 else None
         wandb = _wandb(settings, row, tuning) if rank == 0 and settings.training.wandb else None
         for stage in files.STAGES:
@@ -158,9 +162,13 @@ def _train(settings: TuneSettings, row: AdapterRow, folder: str, gpus: bool) -> 
                     _report(progress, work, rank, None if over else run, state)
                 if settings.training.sample_every and run.step % settings.training.sample_every == 0:
                     _sample(settings, storage, row, backbone, prepared, stage, run.step, rank)
+            del backbone, task, engine, run  # so that the next stage's model never shares the memory
+            gc.collect()
+            if gpus:
+                torch.cuda.empty_cache()
         if rank == 0:
             assert progress.types is not None
-            _publish(storage, folder, work, row, tuning, progress, settings.training.export)
+            _publish(storage, folder, work, row, progress, settings.training.export)
         if wandb:
             wandb.finish()
         distributed.barrier()
@@ -275,11 +283,11 @@ def _publish(
     folder: str,
     work: Path,
     row: AdapterRow,
-    tuning: FollowYourMotion,
     progress: _Progress,
     exports: tuple[str, ...],
 ) -> None:
     """Writes the adapter's folder; the file that says it is whole comes last."""
+    tuning = FollowYourMotion.model_validate_json(row.tuning)
     made = work / "adapter"
     made.mkdir()
     about = {name: str(getattr(row, name)) for name in ("adapter_id", "method", "model_revision", "tuning_version")}

@@ -16,20 +16,17 @@ from typing import Any
 import ray
 from ray.data import ActorPoolStrategy, Dataset
 from ray.data.checkpoint import CheckpointConfig
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipelines import cluster, lock, manifest, models, progress, report, tune
 from pipelines.cluster import RunFailed
 from pipelines.ledger import ID, PARTITIONS, Ledger
 from pipelines.stage import begin
 from pipelines.storage import Storage, absolute, join
-from pipelines.tracker import Tracker
+from pipelines.tracker import start as tracker_of_run
 from schemas import ManifestRow, ResultRow, StageSettings, TransferSettings, TuneSettings, UsageError
 from vmt_core.adapters import files
 from vmt_core.backbone import nano
 
-#: Rows that the report page shows at most: failures first.
-REPORT_ROWS = 10_000
 REPORT_ADAPTERS = 24
 _SUMS = ("seconds_encode", "seconds_transfer", "seconds_finish")
 
@@ -47,6 +44,7 @@ def run(settings: TransferSettings, say: Callable[[str], None] = print) -> dict[
     """
     storage = Storage(settings.storage)
     places = {name: absolute(place) for name in ("output", "adapters") if (place := getattr(settings, name))}
+    places["model"] = models.anywhere(settings.model)
     settings = settings.model_copy(update=places)  # actors of a running cluster have another directory
     started = datetime.now(UTC)
     try:
@@ -78,6 +76,7 @@ def run(settings: TransferSettings, say: Callable[[str], None] = print) -> dict[
             "manifest": settings.manifest,
             "model": settings.model,
             "model_revision": revision,
+            "again": _where(settings),
             "notice": nano.NOTICE if settings.model == nano.NAME else None,
             **_account(ledger, selection.ids, run_id),
         }
@@ -137,6 +136,12 @@ def _tuned(settings: TransferSettings, storage: Storage, selection: manifest.Sel
             continue
         shown.append({**about, "heads": heads, "reference_uri": row.reference_uri, "caption": row.caption})
     return shown
+
+
+def _where(settings: TransferSettings) -> list[str]:
+    """Flags that the command for one row needs beside its manifest and its model."""
+    places = {"--adapters": settings.adapters, "--storage.endpoint-url": settings.storage.endpoint_url}
+    return [word for flag, place in places.items() if place for word in (flag, place)]
 
 
 def _choose(
@@ -224,8 +229,7 @@ def _execute(
     """
     pools = (settings.encode, settings.transfer, settings.finish)
     with cluster.connected(settings.ray, pools):
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        tracker = ray.remote(num_cpus=0, scheduling_strategy=here)(Tracker).remote()  # lives and dies with this driver
+        tracker = tracker_of_run()
         _configure(settings, storage, ledger)
         data = graph(settings, storage, source, tracker, run_id)
         filesystem, path = storage.arrow(ledger.results)
@@ -329,11 +333,11 @@ def _account(ledger: Ledger, ids: list[str], run_id: str) -> dict[str, Any]:
 
 
 def _shown(ledger: Ledger, ids: list[str]) -> list[dict[str, Any]]:
-    """Rows for the page, in the manifest's order: at most REPORT_ROWS, the failed ones among them first of all."""
+    """Rows for the page, in the manifest's order: at most report.ROWS, the failed ones among them first of all."""
     order = {row: place for place, row in enumerate(ids)}
-    if len(ids) > REPORT_ROWS:
+    if len(ids) > report.ROWS:
         done = ledger.done()
-        first = sorted((row for row in ids if row in done), key=lambda row: done[row] is None)[:REPORT_ROWS]
+        first = sorted((row for row in ids if row in done), key=lambda row: done[row] is None)[: report.ROWS]
         order = {row: order[row] for row in first}
     columns = list(ResultRow.model_fields)
     rows = [row for batch in ledger.scan(columns, order.keys()) for row in batch.to_pylist()]

@@ -32,7 +32,6 @@ from pipelines.references import Clip, open_all, references
 from pipelines.storage import Storage, absolute, describe, join
 from schemas import AdapterRow, ErrorCode, Reference, RowError, StageSettings, TuneSettings, UsageError, first_fault
 from vmt_core import flops
-from vmt_core.adapters import files
 from vmt_core.adapters.settings import TUNING_VERSION, FollowYourMotion
 from vmt_core.backbone.geometry import Geometry
 from vmt_core.methods import METHODS
@@ -58,9 +57,7 @@ def rows(settings: TuneSettings, storage: Storage, say: Callable[[str], None]) -
     Raises:
         UsageError: no method, model or reference to tune with.
     """
-    tuning = method_tuning(settings)
-    if unknown := set(settings.training.export) - set(files.FORMATS):
-        raise UsageError(f"--export {sorted(unknown)[0]!r} is not one of {', '.join(files.FORMATS)}")
+    tuning = method_tuning(settings, storage)
     try:
         revision = models.revision(settings.model, storage)
     except FileNotFoundError as error:
@@ -78,15 +75,15 @@ def rows(settings: TuneSettings, storage: Storage, say: Callable[[str], None]) -
         "model_revision": revision,
         "tuning_version": TUNING_VERSION,
     }
-    found = [_row(common, clip.reference, settings, clip) for clip in clips]
-    found += [_row(common, reference, settings, None).model_copy(update=_failure(error)) for reference, error in bad]
+    found = [_row(common, clip.reference, clip) for clip in clips]
+    found += [_row(common, reference, None).model_copy(update=_failure(error)) for reference, error in bad]
     unique = {row.adapter_id: row for row in reversed(found)}
     if len(unique) < len(found):
         say(f"{len(found) - len(unique)} references are clips that stand there twice")
     return list(reversed(unique.values()))
 
 
-def method_tuning(settings: TuneSettings) -> FollowYourMotion:
+def method_tuning(settings: TuneSettings, storage: Storage) -> FollowYourMotion:
     """The method's settings.
 
     Raises:
@@ -97,10 +94,15 @@ def method_tuning(settings: TuneSettings) -> FollowYourMotion:
         raise UsageError(f"--method {settings.method!r} is not one of {', '.join(sorted(tuned))}")
     preset = settings.preset or native(settings.model).preset
     try:
-        return FollowYourMotion.preset(preset, **settings.tuning)
+        tuning = FollowYourMotion.preset(preset, **settings.tuning)
     except ValueError as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise UsageError(f"--preset {preset}, tuning: {' '.join(lines[:3])}") from error
+    if tuning.head_file and absolute(tuning.head_file) != tuning.head_file:
+        raise UsageError(f"tuning: head_file {tuning.head_file}: give its whole path, workers have another directory")
+    if tuning.head_file and not storage.exists(tuning.head_file):
+        raise UsageError(f"tuning: head_file {tuning.head_file} is not there")
+    return tuning
 
 
 def tune(
@@ -113,6 +115,7 @@ def tune(
     """
     if settings.training.wandb and importlib.util.find_spec("wandb") is None:
         raise UsageError("--training.wandb: the package is not installed; pip install wandb")
+    wanted = [_captioned(row) for row in wanted]
     config = models.config(settings.model, storage)
     # Workers of Ray Train have a directory of their own.
     settings = settings.model_copy(
@@ -124,30 +127,22 @@ def tune(
         done = {key: row for key, row in done.items() if row.status == "ok"}
     missing = [row for row in wanted if row.status == "planned" and row.adapter_id not in done]
     chosen = missing[: settings.limit]
-    say(f"{len(wanted)} references, {len(wanted) - len(missing)} done before, {len(chosen)} to tune now")
+    unfit = sum(row.status == "failed" and row.adapter_id not in done for row in wanted)
+    before = len(wanted) - len(missing) - unfit
+    say(
+        f"{len(wanted)} references, {before} done before, {len(chosen)} to tune now"
+        + (f", {unfit} unfit" if unfit else "")
+    )
     say(estimate(chosen, config, settings))
     if settings.dry_run:
         return {"planned": len(chosen), "failed": 0}
-    for row in wanted:
-        if row.status == "failed" and row.adapter_id not in done:
-            _keep(storage, settings.output, row)
     began = time.monotonic()
-    if chosen:
-        worker = StageSettings(
-            actors=settings.training.workers_per_reference,
-            cpus=settings.training.cpus_per_worker,
-            gpus=float(uses_gpus(settings)),
-        )
-        with (
-            lock.held(storage, join(settings.output, "run", "lock.json")),
-            cluster.connected(settings.ray, (settings.training.prepare, worker)),
-        ):
-            storage.write(join(settings.output, "run", "settings.json"), settings.model_dump_json(indent=2).encode())
-            ready = prepare_all(settings, storage, chosen, say)
-            for row in ready:
-                if row.status == "failed":
-                    _keep(storage, settings.output, row)
-            _train_all(settings, storage, [row for row in ready if row.status == "planned"], say)
+    with lock.held(storage, join(settings.output, "run", "lock.json")):
+        for row in wanted:
+            if row.status == "failed" and row.adapter_id not in done:
+                _keep(storage, settings.output, row)
+        if chosen:
+            _make(settings, storage, chosen, say)
     made = index(storage, settings.output)
     ended = [made[row.adapter_id] for row in wanted if row.adapter_id in made]
     failed: dict[str, int] = {}
@@ -177,6 +172,32 @@ def tune(
     if summary["left"] != len(missing) - len(chosen):
         raise RunFailed(f"{summary['left']} references were not finished; the same command goes on from there")
     return summary
+
+
+def _make(settings: TuneSettings, storage: Storage, chosen: list[AdapterRow], say: Callable[[str], None]) -> None:
+    """Prepares and trains on the chosen rows; each ends in the index."""
+    worker = StageSettings(
+        actors=settings.training.workers_per_reference,
+        cpus=settings.training.cpus_per_worker,
+        gpus=float(uses_gpus(settings)),
+    )
+    with cluster.connected(settings.ray, (settings.training.prepare, worker)):
+        storage.write(join(settings.output, "run", "settings.json"), settings.model_dump_json(indent=2).encode())
+        ready = prepare_all(settings, storage, chosen, say)
+        for row in ready:
+            if row.status == "failed":
+                _keep(storage, settings.output, row)
+        _train_all(settings, storage, [row for row in ready if row.status == "planned"], say)
+
+
+def _captioned(row: AdapterRow) -> AdapterRow:
+    """The row, failed if there is nothing to tell the model of the clip."""
+    if row.status == "failed" or row.caption.strip():
+        return row
+    error = RowError(
+        ErrorCode.CAPTION_EMPTY, f"{row.reference_uri}: has no caption; give one in a references table (column caption)"
+    )
+    return row.model_copy(update=_failure(error))
 
 
 def _workers_share(wanted: list[AdapterRow], workers: int) -> None:
@@ -230,10 +251,9 @@ def estimate(chosen: list[AdapterRow], config: dict[str, Any], settings: TuneSet
     )
 
 
-def _row(common: dict[str, Any], reference: Reference, settings: TuneSettings, clip: Clip | None) -> AdapterRow:
-    caption = reference.caption or settings.caption or ""
+def _row(common: dict[str, Any], reference: Reference, clip: Clip | None) -> AdapterRow:
     try:
-        row = AdapterRow.planned(
+        return AdapterRow.planned(
             **common,
             reference_uri=absolute(reference.uri),
             reference_digest=clip.digest if clip else f"unread {reference.uri}",
@@ -241,18 +261,11 @@ def _row(common: dict[str, Any], reference: Reference, settings: TuneSettings, c
             end_frame=reference.end_frame,
             fps=clip.fps if clip else reference.fps or 1.0,
             frames=clip.frames if clip else 0,
-            caption=caption,
+            caption=reference.caption or "",
             category=reference.category,
         )
     except ValidationError as error:
         raise UsageError(first_fault(error)) from error
-    if clip and not caption.strip():
-        error = RowError(
-            ErrorCode.CAPTION_EMPTY,
-            f"{reference.uri}: has no caption; give one in a references table, or --caption for all of them",
-        )
-        return row.model_copy(update=_failure(error))
-    return row
 
 
 def _failure(error: RowError) -> dict[str, Any]:

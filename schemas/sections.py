@@ -23,6 +23,7 @@ def _comma_list(value: Any) -> Any:
 
 
 CommaStrings = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_list)]
+CommaExports = Annotated[tuple[Literal["comfyui", "merged"], ...], NoDecode, BeforeValidator(_comma_list)]
 CommaInts = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_comma_list)]
 
 
@@ -115,7 +116,9 @@ class DeepSpeedSettings(Section):
 
     zero: int = Field(default=0, ge=0, le=3, description="ZeRO stage: what is parted among the workers")
     offload: bool = Field(default=False, description="keep optimizer state (and, with zero=3, weights) in CPU memory")
-    bf16: bool = Field(default=False, description="train in bf16 with fp32 masters; false: fp32")
+    bf16: bool | None = Field(
+        default=None, description="train in bf16 with fp32 masters, or in fp32; default: bf16 on GPUs"
+    )
 
 
 class TrainingSettings(Section):
@@ -135,7 +138,7 @@ class TrainingSettings(Section):
     checkpoint: Literal["none", "selective", "full"] = Field(
         default="selective", description="what the backward pass recomputes: nothing, all but attention, everything"
     )
-    export: CommaStrings = Field(default=(), description="other formats beside diffusers': comfyui, merged")
+    export: CommaExports = Field(default=(), description="other formats beside diffusers': comfyui, merged")
     checkpoint_seconds: PositiveFloat = Field(default=120, description="seconds between checkpoints of a training")
     wandb: str | None = Field(
         default=None, description="Weights & Biases project to log to as well (pip install wandb; WANDB_API_KEY)"

@@ -256,7 +256,6 @@ class TuneSettings(ModelSettings):
         default_factory=dict,
         description="settings of the method to change, e.g. {rank: 64, temporal: {steps: 500}} (YAML)",
     )
-    caption: str | None = Field(default=None, description="of references that have none")
     limit: PositiveInt | None = Field(default=None, description="tune on at most this many of the missing references")
     retry_failed: bool = Field(default=False, description="try failed references again")
     dry_run: bool = Field(default=False, description="say what would be trained, and what it would cost")

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from vmt_core.adapters.settings import VALIDATION_FRAMES, VALIDATION_SIGMAS, FollowYourMotion
 from vmt_core.backbone.geometry import Geometry
 from vmt_core.methods import Method
 
 if TYPE_CHECKING:
-    from vmt_core.adapters.settings import FollowYourMotion
     from vmt_core.backbone.taps import CheckpointName
 
 TEXT_TOKENS = 512
@@ -81,7 +81,7 @@ def step(config: Mapping[str, Any], tokens: int, policy: CheckpointName = "selec
 
 
 def tuning(config: Mapping[str, Any], clip: Geometry, settings: FollowYourMotion) -> TuningCost:
-    """One adapter on one reference.
+    """One adapter on one reference, its validations included.
 
     Args:
         clip: token grid of the whole clip.
@@ -92,5 +92,8 @@ def tuning(config: Mapping[str, Any], clip: Geometry, settings: FollowYourMotion
     spatial, temporal = settings.spatial, settings.temporal
     total = spatial.steps * spatial.draws * settings.frames_a_draw * step(config, clip.per_frame)
     total += temporal.steps * temporal.draws * settings.clips_a_draw * step(config, frames * clip.per_frame)
+    levels = len(VALIDATION_SIGMAS)
+    total += spatial.validations * levels * VALIDATION_FRAMES * forward(config, clip.per_frame)
+    total += temporal.validations * levels * forward(config, clip.tokens)
     width = config["num_attention_heads"] * config["attention_head_dim"]
     return TuningCost(total, config["num_layers"] * len(settings.targets) * 2 * width * settings.rank)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ from torch import Tensor
 from vmt_core.motion.amf import FullAMF, WindowedAMF
 from vmt_core.shapes import LatentBatch
 
+Rate = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Losses = Callable[[LatentBatch], Float[Tensor, " batch"]]
 
 
@@ -38,7 +39,7 @@ class Guidance(BaseModel):
     rule: Literal["adam"] = Field(default="adam", description="how a gradient becomes an update of the latents")
     inner: int = Field(default=10, ge=1, description="updates of the latents per guided step")
     interval: int = Field(default=3, ge=1, description="every how many updates the gradient is computed anew")
-    learning_rate: tuple[float, float] = Field(default=(0.003, 0.002), description="from, to")
+    learning_rate: tuple[Rate, Rate] = Field(default=(0.003, 0.002), description="from, to")
     decay: Literal["inner", "outer"] = Field(
         default="inner", description="over the inner updates, or over the guided steps"
     )

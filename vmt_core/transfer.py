@@ -9,9 +9,12 @@ The pipeline runs the same steps in three actors: `Backbone.encode` and `caption
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -79,7 +82,7 @@ class MotionTransfer:
 
     Args:
         adapter: of a tuned method: weights by stage, tuned on the reference (`vmt_core.adapters.files.load`). A backbone holds one
-            adapter at a time, that of the `MotionTransfer` made last.
+            adapter at a time; each `MotionTransfer` puts its own in the place of another's.
 
     Raises:
         ValueError: the method reads a block that the transformer does not have, or lacks its adapter.
@@ -100,11 +103,9 @@ class MotionTransfer:
                 if adapter is None
                 else f"{method.name} has no use for an adapter"
             )
-        self.scales: dict[str, float] = {}
-        if method.adapter is not None and adapter is not None:
-            for stage, weights in adapter.items():
-                masked_lora.attach(backbone.transformer, stage, weights)
-            self.scales = {"spatial": method.adapter.spatial_scale, "temporal": method.adapter.temporal_scale}
+        self.adapter = adapter
+        if adapter is not None:
+            self._attach(adapter)
         self.sampling = sampling or Sampling()
         start = method.start
         strength = start.strength if start.kind == "sdedit" else 1.0
@@ -135,7 +136,31 @@ class MotionTransfer:
     def _objective(self) -> str:
         """What an artifact's motion depends on, as JSON; empty if the method keeps none in it."""
         guidance = self.method.guidance
-        return guidance.objective.model_dump_json() if guidance is not None and guidance.level == "clean" else ""
+        if guidance is None or guidance.level != "clean":
+            return ""
+        depends = guidance.objective.model_dump(mode="json")
+        if self.adapter is not None:
+            depends["adapter"] = self._adapter_digest
+        return json.dumps(depends)
+
+    @cached_property
+    def _adapter_digest(self) -> str:
+        """Of the adapter's weights and the scales that they are used at."""
+        digest = hashlib.sha256(repr(self._scales()).encode())
+        for stage, weights in sorted((self.adapter or {}).items()):
+            for name, value in sorted(weights.items()):
+                digest.update(f"{stage} {name}".encode())
+                digest.update(value.float().numpy(force=True).tobytes())
+        return digest.hexdigest()[:16]
+
+    def _scales(self) -> dict[str, float]:
+        used = self.method.adapter
+        return {} if used is None else {"spatial": used.spatial_scale, "temporal": used.temporal_scale}
+
+    def _attach(self, adapter: Mapping[str, Weights]) -> None:
+        for stage, weights in adapter.items():
+            masked_lora.attach(self.backbone.transformer, stage, weights)
+        self.backbone.adapter = adapter
 
     def transfer(
         self,
@@ -227,12 +252,14 @@ class MotionTransfer:
     @contextmanager
     def _adapted(self) -> Iterator[None]:
         """The adapters at the method's scales; outside the transformer is the stock one, bit for bit."""
-        if self.method.adapter is None:
+        if self.method.adapter is None or self.adapter is None:
             yield
             return
+        if self.backbone.adapter is not self.adapter:
+            self._attach(self.adapter)
         strict = self.method.adapter.tuning.isolate_qk_norm
         transformer = self.backbone.transformer
-        masked_lora.use(transformer, self.scales)
+        masked_lora.use(transformer, self._scales())
         try:
             with masked_lora.isolated_norms(transformer) if strict else nullcontext():
                 yield

@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 Logs = dict[str, float]
+StepLogs = dict[str, Tensor]  # beside the loss; read after the update, so that the device need not wait
 Batch = tuple[Any, ...]
 
 
@@ -35,6 +36,11 @@ class Schedule(BaseModel):
     draws: int = Field(default=1, ge=1, description="micro-batches of a step, over all workers")
     validate_every: int = Field(default=50, ge=1, description="steps")
     patience: int = Field(default=0, ge=0, description="validations without a better loss before it stops; 0: never")
+
+    @property
+    def validations(self) -> int:
+        """How many there are: every `validate_every` steps, and at the end."""
+        return -(-self.steps // self.validate_every)
 
     def rate(self, step: int) -> float:
         """Learning rate of a step."""
@@ -55,7 +61,7 @@ class Task(Protocol):
 class Engine(Protocol):
     """Runs forward, backward and update; the only thing that differs between one process and a cluster."""
 
-    def accumulate(self, batch: Batch) -> tuple[float, Logs]: ...
+    def accumulate(self, batch: Batch) -> tuple[float, StepLogs]: ...
     def update(self, learning_rate: float) -> float: ...
     def state(self) -> dict[str, Tensor]: ...
     def restore(self, state: dict[str, Tensor]) -> None: ...
@@ -79,7 +85,7 @@ class TorchEngine:
             self.trained.values(), lr=schedule.learning_rate, betas=schedule.betas, weight_decay=schedule.weight_decay
         )
 
-    def accumulate(self, batch: Batch) -> tuple[float, Logs]:
+    def accumulate(self, batch: Batch) -> tuple[float, StepLogs]:
         loss, logs = self.module(*to(batch, self.device))
         (loss / self.draws).backward()
         return loss.item(), logs
@@ -149,7 +155,7 @@ class Tuning:
         """
         began, schedule = time.perf_counter(), self.task.schedule
         losses: list[float] = []
-        logs: Logs = {}
+        logs: StepLogs = {}
         self.task.module.train()
         for draw in range(self.rank, schedule.draws, self.workers):
             loss, logs = self.engine.accumulate(self.task.batch(self.step * schedule.draws + draw))
@@ -168,7 +174,7 @@ class Tuning:
         return {
             "step": self.step,
             "loss": loss,
-            **logs,
+            **{name: value.item() for name, value in logs.items()},
             **({} if point.validation is None else {"validation": point.validation}),
             "gradient_norm": norm,
             "learning_rate": schedule.rate(self.step - 1),

@@ -20,6 +20,19 @@ def settings(tmp_path_factory):
 def test_a_folder_of_clips_with_prompts_is_planned_tuned_made_and_compared(model, clips, settings, tmp_path):
     table = tmp_path / "clips.csv"
     table.write_text(f"uri,caption,category,prompts\n{clips / 'line.mp4'},a red circle,single,a blue square\n")
+    refused = [
+        "bench",
+        "--suite",
+        "folder",
+        "--clips",
+        tmp_path / "clip.csv",
+        "--model",
+        model,
+        "--output",
+        tmp_path / "out",
+    ]
+    code, text = jobs.here(*refused)  # a typo, which leaves nothing that the right command would stumble over
+    assert code == 2, text
     command = [
         "bench", "--suite", "folder", "--clips", table, "--model", model, "--preset", "nano", "--settings", settings,
         "--height", 64, "--width", 64, "--frames", 9, "--steps", 2, "--methods", "none,follow_your_motion",

@@ -3,10 +3,13 @@
 import base64
 import csv
 import json
+import os
 import shutil
 
 import pyarrow.parquet as pq
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from pipelines import measure
 from schemas import EvaluateSettings, MetricRow
@@ -83,3 +86,43 @@ def test_a_run_without_results_is_refused(tmp_path):
     code, text = jobs.here("evaluate", "--run", tmp_path, "--output", tmp_path / "eval")
     assert code == 2
     assert f"--run {tmp_path}: has no results; make some with jobs/transfer.py" in text
+
+
+KILLER = """
+import os
+import torch
+
+class CoTrackerPredictor(torch.nn.Module):
+    # The second clip that is ever seen takes its process down, every time.
+
+    def __init__(self, checkpoint, window_len):
+        super().__init__()
+        self.model = torch.nn.Linear(1, 1, bias=False)
+
+    def forward(self, video, grid_size):
+        clip, known = str(hash(video.numpy().tobytes())), os.environ["VMT_TEST_LOG"]
+        seen = open(known).read().split() if os.path.exists(known) else []
+        if clip not in seen:
+            with open(known, "a") as file:
+                file.write(clip + chr(10))
+            seen.append(clip)
+        if seen.index(clip) == 1:
+            os._exit(1)
+        return torch.zeros(1, video.shape[1], grid_size**2, 2), None
+"""
+
+
+def test_a_video_that_takes_its_worker_down_is_counted_and_the_rest_goes_on(run, tmp_path):
+    (tmp_path / "code" / "cotracker").mkdir(parents=True)
+    (tmp_path / "code" / "cotracker" / "predictor.py").write_text(KILLER)
+    save_file({"weight": torch.zeros(1, 1)}, tmp_path / "weights.safetensors")
+    path = os.pathsep.join([str(jobs.ROOT), str(tmp_path / "code")])
+    code, text = jobs.run(
+        "evaluate", "--run", run, "--output", tmp_path / "eval", "--measure.actors", 1,
+        "--cotracker", tmp_path / "weights.safetensors", "--rows-per-block", 2,
+        env={"PYTHONPATH": path, "PYTHONHASHSEED": "0", "VMT_TEST_LOG": str(tmp_path / "seen")},
+    )  # fmt: skip
+    assert code == 3, text
+    found = rows(tmp_path / "eval", cotracker=str(tmp_path / "weights.safetensors"))
+    assert sorted(str(row.error_code) for row in found) == ["None", "None", "None", "crashed"]
+    assert "1 without metrics" in text and "crashed" in text

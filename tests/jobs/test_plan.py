@@ -9,9 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipelines import plan
+from pipelines import plan, references
 from pipelines.storage import Storage
-from schemas import ManifestRow, PlanSettings, UsageError
+from schemas import ErrorCode, ManifestRow, PlanSettings, RowError, UsageError
 from support import jobs
 from support.clips import BAD, clip
 
@@ -202,3 +202,16 @@ def test_a_shorter_plan_replaces_a_longer_one(settings, monkeypatch):
     monkeypatch.setattr(plan.manifest.write, "__kwdefaults__", {"rows_per_file": 3})
     assert len(planned(settings(seeds=(0, 1)))) == 16
     assert len(planned(settings(methods=("none",)))) == 4
+
+
+def test_a_storage_that_does_not_answer_makes_no_clip_bad(clips, prompts, tmp_path, small, monkeypatch):
+    def unavailable(*_):
+        raise RowError(ErrorCode.STORAGE_UNAVAILABLE, "503 after 5 attempts")
+
+    monkeypatch.setattr(references, "_open", unavailable)
+    code, text = jobs.here(
+        "plan", "--references", clips, "--prompts", prompts, "--output", tmp_path / "out", "--skip-bad", *small
+    )
+    assert code == 1
+    assert "503 after 5 attempts" in text and "bad clip" not in text
+    assert not (tmp_path / "out").exists()

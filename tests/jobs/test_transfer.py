@@ -79,7 +79,7 @@ def test_a_manifest_becomes_videos_that_are_the_same_whatever_the_batches_and_th
     code, text = jobs.here("transfer", *some, ",".join([*one][:2]))
     assert code == 0
     assert "2 selected = 2 ok" in text
-    code, text = jobs.here("transfer", *some, "0" * 32)
+    code, text = jobs.here("transfer", *some, f"{next(iter(one))},{'0' * 32}")
     assert code == 2
     assert f"has no rows with the ids {'0' * 32}" in text
 

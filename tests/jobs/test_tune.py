@@ -107,7 +107,7 @@ def test_bad_references_become_failed_rows_and_the_rest_goes_on(model, clips, tm
     assert "1 adapters, 3 failed, 0 left" in text
     codes = sorted(str(row.error_code) for row in rows(tmp_path / "out") if row.status == "failed")
     assert codes == ["caption_empty", "not_a_video", "too_few_frames"]
-    assert "has no caption; give one in a references table, or --caption" in text
+    assert "has no caption; give one in a references table" in text
 
 
 def test_a_training_that_breaks_is_a_failed_row_that_says_why(model, clips, tmp_path):
@@ -131,7 +131,9 @@ def test_a_training_that_breaks_is_a_failed_row_that_says_why(model, clips, tmp_
         (["--tuning", '{"rank": 0}'], "rank"),
         (["--method", "fastvmt"], "--method 'fastvmt' is not one of follow_your_motion"),
         (["--preset", "best"], "preset 'best' is not one of default, paper, code, nano"),
-        (["--training.export", "kohya"], "--export 'kohya' is not one of comfyui, merged"),
+        (["--training.export", "kohya"], "training.export.0: Input should be 'comfyui' or 'merged'"),
+        (["--tuning", '{"head_rule": "file", "head_file": "heads.json"}'], "head_file heads.json: give its whole path"),
+        (["--tuning", '{"head_rule": "file", "head_file": "/nowhere.json"}'], "head_file /nowhere.json is not there"),
         (["--model", "/nowhere"], "--model"),
     ],
 )

@@ -87,7 +87,7 @@ def test_bf16_has_fp32_masters(plain, tmp_path):
 
 
 def test_settings_become_deepspeeds_own():
-    made = configuration(Schedule(steps=1, draws=4), DeepSpeedSettings(zero=3, offload=True, bf16=True), 2)
+    made = configuration(Schedule(steps=1, draws=4), DeepSpeedSettings(zero=3, offload=True), 2, bf16=True)
     assert made["gradient_accumulation_steps"] == 2
     assert made["zero_optimization"]["stage"] == 3
     assert made["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}

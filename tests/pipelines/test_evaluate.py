@@ -60,7 +60,7 @@ def test_nothing_is_lost_between_results_tables_and_page(tmp_path):
 
 
 def test_the_page_has_the_failures_first_when_there_are_too_many_rows(tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "REPORT_ROWS", 25)
+    monkeypatch.setattr(evaluate.report, "ROWS", 25)
     settings = measured(tmp_path, 200)
     evaluate.run(settings, say=lambda line: None)
     page = (tmp_path / "eval" / "report.html").read_text()
@@ -74,6 +74,7 @@ def test_metrics_that_no_longer_agree_with_their_results_are_measured_again(tmp_
     (path,) = (tmp_path / "eval" / "metrics").rglob("*.parquet")
     rows = pq.read_table(path, partitioning=None).to_pylist()
     rows[1] |= {"status": "failed", "error_code": "storage_unavailable"}
+    rows[7] |= {"status": "failed", "error_code": "internal"}
     rows[3] |= {"status": "failed", "error_code": "no_video_stream"}
     table = pa.Table.from_pylist([*rows, rows[2]], schema=MetricRow.arrow_schema())
     pq.write_table(table, path)
@@ -81,14 +82,14 @@ def test_metrics_that_no_longer_agree_with_their_results_are_measured_again(tmp_
     del results[f"{5:032x}"]
     results[f"{10:032x}"] = None
     done = evaluate.mend(settings, Storage(), {settings.run[0]: results})
-    assert {int(sample, 16) for sample in done[settings.run[0]]} == set(range(30)) - {1, 5, 10}
+    assert {int(sample, 16) for sample in done[settings.run[0]]} == set(range(30)) - {1, 5, 7, 10}
     kept = [row.sample_id for row in evaluate.read(settings, Storage())]
     assert sorted(kept) == sorted(done[settings.run[0]])
 
 
 def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
     few, many = 1_000, 9_000
-    monkeypatch.setattr(evaluate, "REPORT_ROWS", 100)
+    monkeypatch.setattr(evaluate.report, "ROWS", 100)
     peaks = []
     for count in (few, many):
         settings = measured(tmp_path / str(count), count)

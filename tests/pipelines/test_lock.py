@@ -8,7 +8,7 @@ import time
 import pytest
 
 from pipelines import lock
-from pipelines.storage import Storage
+from pipelines.storage import Storage, StorageUnavailable
 from schemas import UsageError
 
 FAST = 0.05
@@ -78,3 +78,18 @@ def test_a_lock_that_was_cut_off_while_written_is_taken_over(uri):
     Storage().write(uri, b'{"tok')
     with lock.held(Storage(), uri, renew_s=FAST):
         pass
+
+
+def test_a_storage_that_does_not_answer_is_no_wrong_usage(uri, monkeypatch):
+    def fails(*_):
+        raise StorageUnavailable("503")
+
+    monkeypatch.setattr(Storage, "create", fails)
+    with pytest.raises(StorageUnavailable, match="503"), lock.held(Storage(), uri):
+        pass
+
+
+def test_a_process_of_another_container_on_this_host_is_not_taken_for_dead(uri, monkeypatch):
+    theirs = lock._identity() | {"pid": 2**22 + 1, "boot": f"{lock._boot()} of another namespace"}
+    assert not lock._is_gone(theirs)
+    assert lock._is_gone(theirs | {"boot": lock._boot()})

@@ -53,6 +53,14 @@ def test_a_prefix_is_brought_here_whole_and_once(prefix, fetched):
     assert len(fetched) == len(FILES)
 
 
+def test_names_that_lead_out_of_the_cache_are_refused(prefix, monkeypatch):
+    storage = Storage()
+    fs, path = storage.filesystem(prefix)
+    monkeypatch.setattr(type(fs), "find", lambda *_, **__: {f"{path}/../../evil.json": {"size": 1}})
+    with pytest.raises(PermissionError, match=r"'\.\./\.\./evil\.json'; names with '\.\.' are refused"):
+        models.local(prefix, storage)
+
+
 def test_processes_of_a_node_wait_for_the_first(prefix, fetched):
     threads = [threading.Thread(target=models.local, args=(prefix, Storage())) for _ in range(4)]
     for thread in threads:

@@ -26,7 +26,7 @@ from vmt_core.metrics.motion import packed
 CHROMIUM = shutil.which("chromium")
 METHODS = ("fastvmt", "ditflow", "none")
 FPS, FRAMES, SIDE = 12.0, 17, 64
-SUMMARY = {"notice": "noise", "manifest": "my manifest", "model": "tiny"}
+SUMMARY = {"notice": "noise", "manifest": "my manifest", "again": ["--adapters", "my adapters"], "model": "tiny"}
 ATTACK = "</script><script>alert(1)</script><img src=x onerror=alert(2)>"
 
 
@@ -316,7 +316,8 @@ def test_a_sample_has_a_page_of_its_own_that_says_how_to_make_it_again(browser: 
     page.locator(".again").wait_for()  # its details open a moment after the card is there
     command = page.locator(".again").inner_text()
     assert command == (
-        f"python jobs/transfer.py --manifest 'my manifest' --model tiny --output out/again --samples {rows[4]['sample_id']}"
+        f"python jobs/transfer.py --manifest 'my manifest' --model tiny --adapters 'my adapters' "
+        f"--output out/again --samples {rows[4]['sample_id']}"
     )
     assert errors == []
 

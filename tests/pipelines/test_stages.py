@@ -3,7 +3,8 @@
 import pyarrow as pa
 import pytest
 
-from pipelines.stage import STATE, begin, out_of_memory
+from pipelines import stage
+from pipelines.stage import STATE, Stage, begin, out_of_memory
 from pipelines.stages import Cache, reference_key
 from schemas import ManifestRow
 from support.jobs import row
@@ -65,3 +66,35 @@ def test_manifest_rows_become_the_state_that_travels():
 )
 def test_out_of_memory_is_told_from_other_errors(error, expected):
     assert out_of_memory(error) is expected
+
+
+class Works(Stage):
+    """A stage without Ray whose work is a function."""
+
+    name = "transfer"
+
+    def __init__(self, work):
+        self.work = lambda rows, *, smaller: work(rows)
+
+    def setup(self):
+        pass
+
+
+def raises(error):
+    def work(rows):
+        raise error
+
+    return Works(work)
+
+
+def test_a_process_that_cannot_use_its_gpu_any_more_ends_before_it_fails_good_rows(monkeypatch, capsys):
+    ended = []
+    monkeypatch.setattr(stage.os, "_exit", lambda code: ended.append(code) or (_ for _ in ()).throw(SystemExit))
+    broken = RuntimeError("CUDA error: an illegal memory access was encountered")
+    with pytest.raises(SystemExit):
+        raises(broken)._attempt([{"sample_id": "a"}])
+    assert ended == [1] and "illegal memory access" in capsys.readouterr().err
+    for other in (RuntimeError("CUDA error: out of memory"), RuntimeError("shapes do not match")):
+        (outcome,) = raises(other)._attempt([{"sample_id": "a"}])
+        assert outcome.code in ("out_of_memory", "internal")
+    assert ended == [1]

@@ -59,6 +59,20 @@ def test_davis_sequences_become_videos(tmp_path):
     assert suites.folder(Storage(), str(tmp_path / "davis"), str(tmp_path / "clips")) == found
 
 
+def test_davis_in_several_sizes_is_taken_at_480p(tmp_path):
+    for size, side in (("1080p", 64), ("480p", 32)):
+        folder = tmp_path / "JPEGImages" / size / "bear"
+        folder.mkdir(parents=True)
+        for number in range(5):
+            Image.fromarray(np.zeros((side, side, 3), np.uint8)).save(folder / f"{number:05d}.jpg")
+    (found,) = suites.folder(Storage(), str(tmp_path), str(tmp_path / "clips"))
+    assert video.probe(found.uri, LimitSettings()).frames == 5
+    assert video.probe(found.uri, LimitSettings()).height == 32
+    (tmp_path / "JPEGImages" / "480p").rename(tmp_path / "JPEGImages" / "Full")
+    with pytest.raises(UsageError, match="has JPEGImages of 1080p, Full, none of them 480p"):
+        suites.folder(Storage(), str(tmp_path), str(tmp_path / "others"))
+
+
 def test_davis_with_a_frame_that_is_no_image(tmp_path):
     folder = tmp_path / "JPEGImages" / "480p" / "bear"
     folder.mkdir(parents=True)

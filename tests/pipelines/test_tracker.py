@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipelines import lock, progress
-from pipelines.tracker import Tracker, Watchdog
+from pipelines.tracker import Guard, Tracker, Watchdog
+from schemas import RowError
 
 
 class World:
@@ -47,7 +48,7 @@ def test_a_row_that_ended_may_come_again(tracker):
     for _ in range(3):
         assert admit(tracker, "a") == {"a": "run"}
         tracker.begin("transfer", ["a"], "n1", 60)
-        tracker.end("transfer", ["a"], 1.0)
+        tracker.end("transfer", ["a"])
 
 
 def test_the_second_crash_is_the_last(tracker):
@@ -62,7 +63,7 @@ def test_the_neighbours_of_a_poison_row_are_innocent(tracker):
     crash(tracker, "good", "poison")
     assert admit(tracker, "good", "poison") == {"good": "alone", "poison": "alone"}
     tracker.begin("transfer", ["good"], "n1", 60)
-    tracker.end("transfer", ["good"], 1.0)
+    tracker.end("transfer", ["good"])
     crash(tracker, "poison")
     assert admit(tracker, "good", "poison") == {"good": "run", "poison": "crashed"}
 
@@ -122,7 +123,7 @@ def test_attempts_count_every_beginning_wherever_it_was_lost(tracker, world):
     crash(tracker, "a", node="gone")
     assert tracker.admit("transfer", ["a"])["a"] == ("alone", 3)
     tracker.begin("transfer", ["a"], "n1", 60)
-    tracker.end("transfer", ["a"], 1.0)
+    tracker.end("transfer", ["a"])
     assert tracker.admit("finish", ["a"])["a"] == ("run", 3)
 
 
@@ -144,7 +145,7 @@ def test_whatever_dies_every_row_ends_and_only_the_guilty_are_failed(kinds, grou
         if guilty:
             world.now += 60 * len(rows) if guilty == {"slow"} else 1
             return False
-        tracker.end("transfer", rows, 1.0)
+        tracker.end("transfer", rows)
         ends.update(dict.fromkeys(rows, "ok"))
         return True
 
@@ -172,11 +173,11 @@ def test_whatever_dies_every_row_ends_and_only_the_guilty_are_failed(kinds, grou
 def test_the_numbers_of_a_run(tracker, world):
     tracker.begin("transfer", ["a", "b"], "n1", 60)
     world.now += 10
-    tracker.end("transfer", ["a", "b"], 10.0)
+    tracker.end("transfer", ["a", "b"])
     tracker.finished([None, "crashed"])
     now = tracker.snapshot()
     assert (now["ok"], now["failed"], dict(now["codes"])) == (1, 1, {"crashed": 1})
-    assert (now["seconds"]["transfer"], now["rows"]["transfer"], now["working_s"]) == (10.0, 2, 10.0)
+    assert now["working_s"] == 10.0
 
 
 def test_a_run_stalls_only_when_no_row_is_within_its_budget(tracker, world):
@@ -193,7 +194,7 @@ def test_a_run_stalls_only_when_no_row_is_within_its_budget(tracker, world):
     [
         lambda tracker: tracker.admit("finish", ["b"]),
         lambda tracker: tracker.begin("finish", ["b"], "n1", 0),
-        lambda tracker: tracker.end("transfer", ["a"], 1.0),
+        lambda tracker: tracker.end("transfer", ["a"]),
         lambda tracker: tracker.finished([None]),
     ],
     ids=["admit", "begin", "end", "finished"],
@@ -305,3 +306,43 @@ def test_the_watchdog_goes_with_its_process(end):
     while (alive := lock._started(int(done.stdout))) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not alive
+
+
+class Remote:
+    """A tracker that is called as an actor is."""
+
+    def __init__(self, tracker):
+        for name in ("admit", "begin", "end"):
+            setattr(self, name, type("Method", (), {"remote": staticmethod(getattr(tracker, name))}))
+
+
+def test_a_guarded_row_that_took_two_processes_down_is_refused(world, tracker, monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    for _ in range(2):
+        process = Guard(Remote(tracker), "measure", "n1", 60)
+        with process.row("good"):
+            pass
+        row = process.row("poison")
+        row.__enter__()  # and the process dies here
+        process.watchdog.disarm()
+        del row
+    third = Guard(Remote(tracker), "measure", "n1", 60)
+    with pytest.raises(RowError, match="took its worker process down twice") as refused, third.row("poison"):
+        raise AssertionError("it was begun")
+    assert refused.value.code == "crashed"
+    with third.row("good"):
+        pass
+
+
+def test_a_guarded_row_that_hung_is_not_tried_again(world, tracker, monkeypatch):
+    import ray
+
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    tracker.begin("measure", ["slow"], "n1", 60)
+    world.now += 61
+    guard = Guard(Remote(tracker), "measure", "n1", 60)
+    with pytest.raises(RowError, match=r"more than limits\.row_seconds=60") as refused, guard.row("slow"):
+        raise AssertionError("it was begun")
+    assert refused.value.code == "timed_out"

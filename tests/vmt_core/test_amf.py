@@ -405,6 +405,16 @@ def test_only_tokens_that_move_in_the_reference_count_for_ditflow():
     assert objective.loss(features(moving(geometry, (0, 1))), motion, geometry) == 0
 
 
+@pytest.mark.parametrize("objective", [WindowedAMF(block=0), FullAMF(block=0)])
+def test_a_still_reference_gives_a_moving_clip_a_finite_gradient(objective):
+    geometry = Geometry(3, 5, 5)
+    motion = objective.encode(features(moving(geometry, (0, 0))), geometry)
+    made = moving(geometry, (1, 1), seed=1).requires_grad_()
+    loss = objective.loss(features(made), motion, geometry)
+    (gradient,) = torch.autograd.grad(loss, made)
+    assert loss.isfinite() and gradient.isfinite().all()
+
+
 def test_a_window_without_a_centre_is_refused():
     with pytest.raises(ValueError, match="window=4 has no centre; use 3 or 5"):
         WindowedAMF(window=4)

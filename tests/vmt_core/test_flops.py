@@ -7,6 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from vmt_core import METHODS, flops
+from vmt_core.adapters.settings import FollowYourMotion
 from vmt_core.backbone import taps
 from vmt_core.backbone.geometry import Geometry, Tap
 
@@ -128,3 +129,22 @@ def test_a_video_costs_its_denoiser_calls_and_its_guidance_gradients(name, evalu
         config, GEOMETRY.tokens, 14, "selective"
     )
     assert flops.video(config, GEOMETRY, METHODS[name](), 50, scale) == pytest.approx(wanted, rel=1e-9)
+
+
+@pytest.mark.parametrize(("sparse", "frames"), [("latent", 5), ("pixel", 5), ("off", 21)])
+def test_tuning_costs_its_draws_and_its_validations(sparse, frames):
+    config = CONFIGS["1.3B"]
+    settings = FollowYourMotion(sparse=sparse, rank=8)
+    image, whole = GEOMETRY.per_frame, GEOMETRY.tokens
+    drawn = 1000 * 4 * flops.step(config, image) + 1500 * flops.step(config, frames * image)
+    validated = 20 * 4 * 5 * flops.forward(config, image) + 6 * 4 * flops.forward(config, whole)
+    found = flops.tuning(config, GEOMETRY, settings)
+    assert found.flops == pytest.approx(drawn + validated, rel=1e-9)
+    assert found.parameters == 30 * 4 * 2 * 1536 * 8
+    assert validated < 0.1 * found.flops
+
+
+def test_a_training_step_is_a_gradient_through_every_block():
+    config = CONFIGS["1.3B"]
+    assert flops.step(config, 8190) == flops.evaluation(config, 8190, 30, "selective")
+    assert 3 < flops.step(config, 8190) / flops.forward(config, 8190) < 4

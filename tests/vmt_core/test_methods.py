@@ -42,6 +42,19 @@ def test_published_follow_your_motion_keeps_the_looks_of_the_reference():
     assert METHODS["follow_your_motion"](preset="code", adapter={"spatial_scale": 0.5}).adapter.spatial_scale == 0.5
 
 
+def test_guided_methods_have_the_constants_of_their_papers():
+    fastvmt, ditflow = METHODS["fastvmt"]().guidance, METHODS["ditflow"]().guidance
+    assert fastvmt.learning_rates(0, 50) == pytest.approx([0.003 - 0.0001 * update for update in range(10)])
+    assert (fastvmt.interval, fastvmt.guided_steps(50)) == (3, 10)
+    window = fastvmt.objective
+    assert (window.window, window.tile, window.span, window.temperature) == (21, (3, 4), 3, 2.0)
+    assert [ditflow.learning_rates(step, 50)[0] for step in range(10)] == pytest.approx(
+        [0.002 - 0.0001 * step for step in range(10)]
+    )
+    assert (ditflow.inner, ditflow.interval, ditflow.guided_steps(50)) == (5, 1, 10)
+    assert METHODS["ditflow"](preset="paper").guidance.objective.reference == "hard"
+
+
 def test_single_settings_override_a_preset():
     method = METHODS["fastvmt"](preset="paper", guidance={"inner": 5}, objective={"window": 11})
     assert method.guidance.inner == 5
@@ -66,6 +79,9 @@ def test_objectives_say_where_they_read():
         ("none", {"start": {"strength": 0}}, "method none: strength: "),
         ("none", {"start": {"kind": "reference"}}, "method none: kind: .*'noise' or 'sdedit'"),
         ("fastvmt", {"objective": {"window": 4}}, "window=4 has no centre"),
+        ("fastvmt", {"objective": {"tile": (0, 4)}}, "tile.*: Input should be greater than 0"),
+        ("fastvmt", {"guidance": {"learning_rate": (-1.0, 0.0)}}, "learning_rate.*greater than or equal to 0"),
+        ("ditflow", {"guidance": {"learning_rate": (float("nan"), 0.0)}}, "learning_rate.*finite"),
         ("none", {"guidance": {}}, "guidance"),
         ("follow_your_motion", {"adapter": {"tuning": {"rank": 0}}}, "method follow_your_motion: rank: "),
         ("follow_your_motion", {"adapter": {"spatial_scale": 3}}, "spatial_scale: .*less than or equal to 2"),

@@ -133,19 +133,22 @@ def test_guidance_that_does_nothing_is_plain_sampling_bit_for_bit(tiny, kind, no
     assert torch.equal(transfer.denoise(*rows).latents, plain)
 
 
-def test_what_fails_within_a_guided_step_leaves_the_model_as_it_was(tiny, monkeypatch):
-    transfer = MotionTransfer(tiny, method("fastvmt"), SAMPLING)
-    rows = [transfer.prepare(clip())], [tiny.caption("a red ball")], [tiny.caption("")], [5]
-    before = transfer.denoise(*rows).latents
+@pytest.mark.parametrize("kind", ["fastvmt", "ditflow"])
+@pytest.mark.parametrize("frames", [5, 13, 33])
+def test_other_lengths_and_odd_grids_are_guided_as_well(tiny, kind, frames):
+    transfer = MotionTransfer(tiny, method(kind, guidance={"span": 0.25}), SAMPLING)
+    artifact = transfer.prepare(render(sample(2, motion="line", frames=frames, height=80, width=48)))  # tokens 5 x 3
+    made = transfer.denoise([artifact], [tiny.caption("a")], [tiny.caption("")], [0])
+    assert made.latents.shape == (1, 16, (frames - 1) // 4 + 1, 10, 6)
+    assert made.latents.isfinite().all() and made.logs[0].skipped == 0 and min(made.logs[0].losses) > 0
 
-    def out_of_memory(*_):
-        raise torch.OutOfMemoryError
 
-    with monkeypatch.context() as broken:
-        broken.setattr(type(transfer.method.guidance.objective), "loss", out_of_memory)
-        with pytest.raises(torch.OutOfMemoryError):
-            transfer.denoise(*rows)
-    assert torch.equal(transfer.denoise(*rows).latents, before)
+@pytest.mark.parametrize("kind", ["fastvmt", "ditflow"])
+def test_guidance_leaves_no_gradient_on_the_model(tiny, kind):
+    transfer = MotionTransfer(tiny, method(kind), SAMPLING)
+    transfer.denoise([transfer.prepare(clip())], [tiny.caption("a")], [tiny.caption("")], [0])
+    assert not tiny.transformer.training
+    assert all(weight.grad is None and not weight.requires_grad for weight in tiny.transformer.parameters())
 
 
 @pytest.mark.parametrize("kind", ["fastvmt", "ditflow"])
@@ -292,21 +295,54 @@ def test_an_adapter_that_was_attached_and_not_used_changes_nothing(wan, adapter)
     assert torch.equal(plain.denoise(*arguments).latents, before)
 
 
-def test_an_adapter_is_off_again_after_a_run_that_failed(wan, adapter, monkeypatch):
-    artifact = Artifact(torch.zeros(16, 3, 6, 8), wan.caption(""))
+def hooks(module):
+    return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
+
+
+@pytest.mark.parametrize("broken", ["velocity", "features"])
+def test_a_run_that_fails_leaves_the_model_as_it_was(wan, adapter, monkeypatch, broken):
+    """Tuned with strict norms, which are hooks, and guided; it fails while it samples, or while it is guided."""
+    strict = {"tuning": {"rank": 2, "alpha": 2, "isolate_qk_norm": True}}
+    both = METHODS["follow_your_motion"](preset="nano", adapter=strict, objective={"block": 1}, guidance={"span": 0.5})
+    tuned = MotionTransfer(wan, both, SAMPLING, adapter)
+    artifact = tuned.prepare(clip())
     arguments = [artifact], [wan.caption("a red ball")], [wan.caption("")], [5]
     plain = MotionTransfer(wan, METHODS["none"](), SAMPLING)
-    before = plain.denoise(*arguments).latents
-    tuned = MotionTransfer(wan, TUNED, SAMPLING, adapter)
+    before, watched = plain.denoise(*arguments).latents, hooks(wan.transformer)
 
     def out_of_memory(*_, **__):
+        assert hooks(wan.transformer) > watched
         raise torch.OutOfMemoryError
 
-    with monkeypatch.context() as broken:
-        broken.setattr(type(wan), "velocity", out_of_memory)
+    with monkeypatch.context() as patch:
+        patch.setattr(type(wan), broken, out_of_memory)
         with pytest.raises(torch.OutOfMemoryError):
             tuned.denoise(*arguments)
+    assert hooks(wan.transformer) == watched
     assert torch.equal(plain.denoise(*arguments).latents, before)
+
+
+def test_each_transfer_on_a_backbone_has_its_own_adapter(wan, adapter):
+    doubled = {stage: {name: 2 * value for name, value in weights.items()} for stage, weights in adapter.items()}
+    artifact = Artifact(torch.zeros(16, 3, 6, 8), wan.caption(""))
+    arguments = [artifact], [wan.caption("a red ball")], [wan.caption("")], [5]
+    one = MotionTransfer(wan, TUNED, SAMPLING, adapter)
+    first = one.denoise(*arguments).latents
+    other = MotionTransfer(wan, TUNED, SAMPLING, doubled)
+    assert torch.equal(one.denoise(*arguments).latents, first)
+    assert not torch.allclose(other.denoise(*arguments).latents, first, atol=1e-3)
+
+
+def test_looks_that_are_left_to_the_prompt_do_not_depend_on_the_spatial_adapter(wan, adapter):
+    scaled = METHODS["follow_your_motion"](preset="nano", adapter={"tuning": {"rank": 2, "alpha": 2}})
+    assert scaled.adapter.spatial_scale == 0
+    artifact = Artifact(torch.zeros(16, 3, 6, 8), wan.caption(""))
+    arguments = [artifact], [wan.caption("a red ball")], [wan.caption("")], [5]
+    others = adapter | {"spatial": {name: 3 * value for name, value in adapter["spatial"].items()}}
+    one, other = (
+        MotionTransfer(wan, scaled, SAMPLING, weights).denoise(*arguments).latents for weights in (adapter, others)
+    )
+    assert torch.equal(one, other)
 
 
 def test_an_adapted_video_is_that_of_a_plain_pipeline_with_the_exported_files(wan, folder, adapter, tmp_path):
@@ -342,6 +378,9 @@ def test_a_method_may_be_tuned_and_guided(wan, adapter):
     artifact = transfer.prepare(clip())
     made = transfer.denoise([artifact], [wan.caption("a red ball")], [wan.caption("")], [0])
     assert made.logs[0].evaluations == 8
+    described = MotionTransfer(wan, method("fastvmt", preset="nano"), SAMPLING).prepare(clip())  # by the model as it is
+    with pytest.raises(ValueError, match="an artifact was described for"):
+        transfer.denoise([described], [wan.caption("a")], [wan.caption("")], [0])
     alone = MotionTransfer(wan, TUNED, SAMPLING, adapter)
     assert alone.denoise([artifact], [wan.caption("a red ball")], [wan.caption("")], [0]).logs[0].evaluations == 0
 

@@ -44,8 +44,11 @@ def load(folder: Path, *, method: str, model_revision: str) -> dict[str, Weights
     return found
 
 
-def export(folder: Path, kind: str, spatial_scale: float = 0.0) -> list[Path]:
+def export(folder: Path, kind: str, spatial_scale: float = 1.0) -> list[Path]:
     """Writes the adapter of a folder in another format beside it: for ComfyUI, or both stages merged into one file.
+
+    Args:
+        spatial_scale: of the spatial adapter within a merged file; 0 leaves it out, as `transfer` does by default.
 
     Raises:
         ValueError: no such format.

@@ -26,15 +26,13 @@ from torch import Tensor, nn
 from vmt_core.adapters import masked_lora
 from vmt_core.adapters.head_types import HeadTypes, classify
 from vmt_core.adapters.masked_lora import Weights
-from vmt_core.adapters.settings import FollowYourMotion
+from vmt_core.adapters.settings import VALIDATION_FRAMES, VALIDATION_SIGMAS, FollowYourMotion
 from vmt_core.backbone.positions import temporal_positions
 from vmt_core.backbone.sampler import shifted
 from vmt_core.backbone.taps import checkpointed
 from vmt_core.backbone.wan import Backbone
 from vmt_core.shapes import Frames, Latents, Text
-from vmt_core.tuning import Batch, Logs, Schedule
-
-VALIDATION_SIGMAS = (0.9, 0.7, 0.5, 0.3)
+from vmt_core.tuning import Batch, Schedule, StepLogs
 
 
 def weights(state: Mapping[str, Tensor], stage: str, settings: FollowYourMotion) -> Weights:
@@ -94,7 +92,14 @@ def prepare(backbone: Backbone, clip: Frames, caption: str, stride: int) -> Prep
 
 
 def head_types(backbone: Backbone, prepared: Prepared, settings: FollowYourMotion) -> HeadTypes:
-    """Types of the heads for this reference."""
+    """Types of the heads for this reference, or those of a file.
+
+    Raises:
+        ValueError: the file is none of head types, or of another transformer.
+    """
+    if settings.head_rule == "file":
+        config = backbone.transformer.config
+        return HeadTypes.load(Path(str(settings.head_file)), layers=config.num_layers, heads=config.num_attention_heads)
     latents = prepared.latents.unsqueeze(0).to(backbone.device)
     return classify(backbone.transformer, latents, backbone.pad([prepared.text]), rule=settings.head_rule)
 
@@ -142,16 +147,18 @@ class VelocityLoss(nn.Module):
         text: Tensor,
         positions: list[float] | None = None,
         anchor: int = 0,
-    ) -> tuple[Tensor, Logs]:
+    ) -> tuple[Tensor, StepLogs]:
         """latents, noise (B, C, F, h, w); sigma (B,); text (B, L, dim); anchor: see `motion_loss`."""
         predicted, velocity = self.velocity(latents, noise, sigma, text, positions)
-        weight = loss_weight(sigma, self.settings.shift) if self.settings.weighting == "bell" else torch.ones_like(sigma)
+        weight = (
+            loss_weight(sigma, self.settings.shift) if self.settings.weighting == "bell" else torch.ones_like(sigma)
+        )
         squared = (predicted - velocity).square().flatten(1).mean(1)
         if latents.shape[2] == 1:
             return (weight * squared).mean(), {}
         motion = motion_loss(predicted, velocity, self.settings.motion_loss, anchor)
         loss = (weight * (squared + self.settings.motion_weight * motion)).mean()
-        return loss, {"loss_mse": squared.mean().item(), "loss_motion": motion.mean().item()}
+        return loss, {"loss_mse": squared.mean().detach(), "loss_motion": motion.mean().detach()}
 
     def velocity(
         self, latents: Tensor, noise: Tensor, sigma: Tensor, text: Tensor, positions: list[float] | None
@@ -190,8 +197,8 @@ class SpatialTask(_Stage):
         return _noised(latents, self.text, self.settings.shift, generator)
 
     def validate(self) -> float:
-        """Loss of five frames at fixed noise levels."""
-        picked = torch.linspace(0, len(self.prepared.frames) - 1, 5).round().long()
+        """Loss of a few frames at fixed noise levels."""
+        picked = torch.linspace(0, len(self.prepared.frames) - 1, VALIDATION_FRAMES).round().long()
         return _validation(self.module, self.prepared.frames[picked].unsqueeze(2), self.text)
 
 

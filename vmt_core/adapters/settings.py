@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from vmt_core.tuning import Schedule
 
@@ -14,8 +14,10 @@ Rule = Literal["median", "paper", "code"]
 Target = Literal["to_q", "to_k", "to_v", "to_out.0"]
 TARGETS: tuple[Target, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 #: Bumped whenever a change of this package alters the adapters: part of every adapter's identity.
-TUNING_VERSION = 2
+TUNING_VERSION = 3
 PRESETS = ("default", "paper", "code", "nano")
+VALIDATION_SIGMAS = (0.9, 0.7, 0.5, 0.3)
+VALIDATION_FRAMES = 5  # of the spatial stage
 
 
 class FollowYourMotion(BaseModel):
@@ -23,14 +25,19 @@ class FollowYourMotion(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    head_rule: Rule = Field(default="median", description="how scores become head types")
+    head_rule: Rule | Literal["file"] = Field(
+        default="median", description="how scores become head types; file: they are those of head_file"
+    )
+    head_file: str | None = Field(
+        default=None, description="a head_types.json of this model: whole path or URI; another table needs another name"
+    )
     decouple: bool = Field(default=True, description="false: both adapters are on all heads (ablation)")
     rank: int = Field(default=32, ge=1)
     alpha: float = Field(default=32, gt=0, description="scale of an adapter is alpha / rank")
     targets: tuple[Target, ...] = Field(default=TARGETS, min_length=1, description="projections of the self-attention")
     isolate_qk_norm: bool = Field(default=False, description="strict: RMS of q and k from the base projections")
     spatial: Schedule = Schedule(steps=1000)
-    temporal: Schedule = Schedule(steps=1500)
+    temporal: Schedule = Schedule(steps=1500, validate_every=250)  # four forwards of the whole clip each time
     frames_a_draw: int = Field(default=4, ge=1, description="random frames that are trained on together, spatial stage")
     clips_a_draw: int = Field(default=1, ge=1, description="noise draws that are trained on together, temporal stage")
     sparse: Literal["latent", "pixel", "off"] = Field(
@@ -53,6 +60,12 @@ class FollowYourMotion(BaseModel):
         description="of the loss over noise levels: next to nothing near pure noise, or alike (where motion is decided there)",
     )
 
+    @model_validator(mode="after")
+    def _a_file_has_a_name(self) -> Self:
+        if (self.head_rule == "file") != (self.head_file is not None):
+            raise ValueError("head_file names the table of head_rule=file: give both, or neither")
+        return self
+
     @classmethod
     def preset(cls, name: str = "default", **changes: Any) -> FollowYourMotion:
         """The settings of a preset, some of them changed; changes of schedules are merged into them.
@@ -74,11 +87,12 @@ class FollowYourMotion(BaseModel):
     def indices(self, frames: int, generator: torch.Generator | None = None) -> list[int]:
         """Latent frames of a temporal draw, out of `frames`: the even grid without a generator, else at random around it half of the time.
 
-        The first is always there: Wan's first latent holds a single frame.
+        The first is always there: Wan's first latent holds a single frame. At least three are, so that short clips, too, show how two
+        latents of four frames differ.
         """
         if self.sparse != "latent":
             return list(range(frames))
-        count = max(2, (frames - 1) // self.stride + 1) if frames > 1 else 1
+        count = min(frames, max(3, (frames - 1) // self.stride + 1))
         even = torch.linspace(0, frames - 1, count).round().long()
         if generator is None or torch.rand((), generator=generator) < 0.5:
             return even.tolist()
@@ -99,7 +113,9 @@ class FollowYourMotion(BaseModel):
         if self.positions == "paper":
             return [index * whole / count for index in range(count)]
         if self.positions == "aligned":
-            return [index * (whole - 1) / max(1, count - 1) for index in range(count)]
+            # a thinned clip that was cut to 4k+1 frames ends before the clip does
+            end = min(whole - 1, self.stride * (count - 1)) if self.sparse == "pixel" else whole - 1
+            return [index * end / max(1, count - 1) for index in range(count)]
         return (
             [float(self.stride * index) for index in range(count)]
             if self.sparse == "pixel"
@@ -107,7 +123,6 @@ class FollowYourMotion(BaseModel):
         )
 
 
-_PAPER = Schedule(steps=3000), Schedule(steps=2000)
 _PRESETS: dict[str, dict[str, Any]] = {
     "default": {},
     "paper": {
@@ -117,8 +132,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "sparse": "pixel",
         "positions": "paper",
         "frames_a_draw": 1,
-        "spatial": _PAPER[0],
-        "temporal": _PAPER[1],
+        "spatial": Schedule(steps=3000),
+        "temporal": Schedule(steps=2000, validate_every=250),
     },
     "code": {
         "head_rule": "code",
@@ -129,7 +144,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "motion_loss": "vmc",
         "frames_a_draw": 1,
         "spatial": Schedule(steps=1500, weight_decay=0.1),
-        "temporal": Schedule(steps=1500, weight_decay=0.5),
+        "temporal": Schedule(steps=1500, weight_decay=0.5, validate_every=250),
     },
     "nano": {
         "rank": 16,

@@ -38,6 +38,7 @@ class Backbone:
     dtype: torch.dtype
     checkpoint_policy: taps.CheckpointName = "selective"
     parts: dict[str, Any] = field(default_factory=dict)
+    adapter: Any = None  # weights by stage of the adapter that it holds, if any
 
     @classmethod
     def load(

@@ -111,7 +111,7 @@ def _prepared(
     """Frames with their shorter side at `side`, normalised."""
     height, width = frames.shape[-2:]
     scale = side / min(height, width)
-    size = (max(side, round(height * scale)), max(side, round(width * scale)))
+    size = (max(side, int(height * scale + 1e-6)), max(side, int(width * scale + 1e-6)))  # cut, as torchvision does
     pixels = (
         interpolate(frames.float(), size, mode=mode, antialias=antialias, align_corners=False).round().clamp(0, 255)
     )

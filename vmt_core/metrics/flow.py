@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
-from vmt_core.metrics.motion import estimator
+from vmt_core.metrics.motion import estimator, flow_tracks
 from vmt_core.shapes import Frames
 
 _LOST = 0.75  # pixels of forward-backward error at which a flow is not trusted
@@ -32,16 +30,34 @@ def smoothness(frames: Frames) -> float:
     return 1 - float(torch.stack(errors).mean())
 
 
-def consistency(frames: Frames) -> float:
-    """1 less the mean difference of each frame and the one before it, carried along by the flow, where that can be trusted; in [0, 1]."""
-    errors = []
-    for before, after in pairwise(frames):
-        back, there = _flow(after, before), _flow(before, after)
+class Consistency:
+    """1 less the mean difference of each frame and the one before it, carried along by the flow, where that can be trusted; in [0, 1].
+
+    `add` is for `motion.flow_tracks`, which has the flows.
+    """
+
+    def __init__(self, frames: Frames) -> None:
+        self.frames = frames
+        self.errors: list[Tensor] = []
+
+    def add(self, number: int, forward: np.ndarray, backward: np.ndarray) -> None:
+        """Flows (H, W, 2) from a frame to the next, and back."""
+        there, back = (torch.from_numpy(flow).permute(2, 0, 1) for flow in (forward, backward))
         trusted = (back + _sample(there, back)).norm(dim=0) <= _LOST
         if bool(trusted.any()):
-            error = (_warp(before, back) - after.float()).abs().mean(0)[trusted].mean() / 255
-            errors.append(error)
-    return 1 - float(torch.stack(errors).mean()) if errors else float("nan")
+            carried = _warp(self.frames[number], back)
+            self.errors.append((carried - self.frames[number + 1].float()).abs().mean(0)[trusted].mean() / 255)
+
+    def value(self) -> float:
+        """nan where no flow can be trusted."""
+        return 1 - float(torch.stack(self.errors).mean()) if self.errors else float("nan")
+
+
+def consistency(frames: Frames) -> float:
+    """`Consistency` of a clip by itself."""
+    found = Consistency(frames)
+    flow_tracks(frames, torch.zeros(1, 2), found.add)
+    return found.value()
 
 
 def _flow(first: Tensor, second: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ It compares directions of steps, frame by frame, of tracks that start at the sam
 from __future__ import annotations
 
 import base64
+from collections.abc import Callable
 from itertools import pairwise
 
 import cv2
@@ -35,20 +36,27 @@ def start_points(height: int, width: int) -> Float[Tensor, "n 2"]:
     return grid_points(height, width, spacing=max(1, min(height, width) // 32))
 
 
-def flow_tracks(frames: Frames, points: Float[Tensor, "n 2"]) -> tuple[Positions, Visible]:
+def flow_tracks(
+    frames: Frames, points: Float[Tensor, "n 2"], watch: Callable[[int, np.ndarray, np.ndarray], None] | None = None
+) -> tuple[Positions, Visible]:
     """Tracks of points (x, y) of the first frame, by chained DIS optical flow with a forward-backward check.
 
     A track that is lost or leaves the frame stays invisible from there on.
+
+    Args:
+        watch: is shown the flows, which cost most: number of a frame, flow (H, W, 2) from it to the next, and back.
     """
     images = list(frames.permute(0, 2, 3, 1).contiguous().numpy())
     flow = estimator()
     height, width = images[0].shape[:2]
     limit = points.new_tensor([width, height])
     positions, visible = [points], [torch.ones(len(points), dtype=torch.bool)]
-    for first, second in pairwise(images):
+    for number, (first, second) in enumerate(pairwise(images)):
         grays = [cv2.cvtColor(image, cv2.COLOR_RGB2GRAY) for image in (first, second)]
         forward = flow.calc(grays[0], grays[1], np.zeros((0,), np.float32))
         backward = flow.calc(grays[1], grays[0], np.zeros((0,), np.float32))
+        if watch is not None:
+            watch(number, forward, backward)
         forward[at_rest(first, second)], backward[at_rest(second, first)] = 0, 0
         there = _at(forward, positions[-1])
         moved = positions[-1] + there

@@ -42,27 +42,40 @@ VERSIONS = CORE | MODELS | NON_COMMERCIAL
 
 
 @dataclass
-class Video:
-    """A generated video, its reference as the model saw it, and what was asked for."""
+class Reference:
+    """A reference as the model saw it. What is measured of it serves all of its videos."""
 
     frames: Frames
-    reference: Frames
-    prompt: str
-    scene: Scene | None = None  # of a procedural reference: its motion is known exactly
-
-    @cached_property
-    def points(self) -> Tensor:
-        return motion.start_points(*self.frames.shape[-2:])
+    scene: Scene | None = None  # of a procedural one: its motion is known exactly
+    fidelity_tracks: Tensor | None = None  # CoTracker's, once they were asked for
 
     @cached_property
     def tracks(self) -> tuple[Positions, Visible]:
-        return motion.flow_tracks(self.frames, self.points)
+        points = motion.start_points(*self.frames.shape[-2:])
+        if self.scene is not None:
+            return motion.of_world(tracks(self.scene, points))
+        return motion.flow_tracks(self.frames, points)
+
+
+@dataclass
+class Video:
+    """A generated video as long and as large as its reference, and what was asked for."""
+
+    frames: Frames
+    reference: Reference
+    prompt: str
+    clip_images: encoders.Features | None = None  # once they were asked for
 
     @cached_property
-    def reference_tracks(self) -> tuple[Positions, Visible]:
-        if self.scene is not None:
-            return motion.of_world(tracks(self.scene, self.points))
-        return motion.flow_tracks(self.reference[: len(self.frames)], self.points)
+    def by_flow(self) -> tuple[tuple[Positions, Visible], float]:
+        """Tracks and flow consistency, from the same flows."""
+        consistency = flow.Consistency(self.frames)
+        found = motion.flow_tracks(self.frames, motion.start_points(*self.frames.shape[-2:]), consistency.add)
+        return found, consistency.value()
+
+    @property
+    def tracks(self) -> tuple[Positions, Visible]:
+        return self.by_flow[0]
 
     @property
     def width(self) -> int:
@@ -107,13 +120,13 @@ class Suite:
             "" if self.aesthetic_clip and self.aesthetic_head else "no CLIP ViT-L/14 with an aesthetic head was given"
         )
         return {
-            "motion": ("", lambda v: motion.aligned(v.reference_tracks, v.tracks, v.width)),
-            "motion_matched": ("", lambda v: motion.matched(v.reference_tracks, v.tracks, v.width)),
+            "motion": ("", lambda v: motion.aligned(v.reference.tracks, v.tracks, v.width)),
+            "motion_matched": ("", lambda v: motion.matched(v.reference.tracks, v.tracks, v.width)),
             "moving": ("", lambda v: motion.moving_share(v.tracks, v.width)),
-            "moving_reference": ("", lambda v: motion.moving_share(v.reference_tracks, v.width)),
+            "moving_reference": ("", lambda v: motion.moving_share(v.reference.tracks, v.width)),
             "smoothness": ("", lambda v: flow.smoothness(v.frames)),
-            "flow_consistency": ("", lambda v: flow.consistency(v.frames)),
-            "background_leak": ("", lambda v: leak.background_leak(v.reference, v.frames)),
+            "flow_consistency": ("", lambda v: v.by_flow[1]),
+            "background_leak": ("", lambda v: leak.background_leak(v.reference.frames, v.frames)),
             "text_similarity": (clip, self._text_similarity),
             "temporal_consistency": (clip, lambda v: encoders.temporal_consistency(self._images(v))),
             "subject_consistency": (dino, self._subject_consistency),
@@ -125,7 +138,9 @@ class Suite:
 
     def _images(self, video: Video) -> encoders.Features:
         assert self.clip is not None
-        return self.clip.images(video.frames)
+        if video.clip_images is None:
+            video.clip_images = self.clip.images(video.frames)
+        return video.clip_images
 
     def _text_similarity(self, video: Video) -> float:
         assert self.clip is not None
@@ -145,7 +160,9 @@ class Suite:
 
     def _motion_fidelity(self, video: Video) -> float:
         assert self.cotracker is not None
-        return noncommercial.fidelity(self.cotracker.tracks(video.frames), self.cotracker.tracks(video.reference))
+        if video.reference.fidelity_tracks is None:
+            video.reference.fidelity_tracks = self.cotracker.tracks(video.reference.frames)
+        return noncommercial.fidelity(self.cotracker.tracks(video.frames), video.reference.fidelity_tracks)
 
     def _motion_smoothness(self, video: Video) -> float:
         assert self.amt is not None

@@ -38,7 +38,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -78,7 +78,9 @@ class WindowedAMF(_AMF):
 
     span: int = Field(default=3, ge=1, description="frames apart that are compared: j - i = 1 .. span")
     window: int = Field(default=21, ge=3, description="side of the search window in tokens, odd; capped by the grid")
-    tile: tuple[int, int] = Field(default=(3, 4), description="rows, cols of the tiles that share a window centre")
+    tile: tuple[PositiveInt, PositiveInt] = Field(
+        default=(3, 4), description="rows, cols of the tiles that share a window centre"
+    )
     window_weight: float = Field(
         default=0.2, ge=0, description="weight of the window loss beside the AMF loss (paper: 1 to 5)"
     )

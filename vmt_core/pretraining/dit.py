@@ -164,7 +164,7 @@ class DitStage:
         """Loss on held-out clips at fixed noise, with their captions, and how much worse it is with those of others."""
         assert isinstance(module, DitLoss)
         device = next(module.parameters()).device
-        size = self.phases[-1].clips[0][1:]
+        size = max((clip[1:] for clip in self.phases[-1].clips), key=lambda size: size[0])
         latents, seeds = self.pool.validation(size, self.validation_clips)
         noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(0))
         sigma = shifted(torch.linspace(0.05, 0.95, len(latents)), VALIDATION_SHIFT)

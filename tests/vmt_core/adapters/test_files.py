@@ -12,7 +12,11 @@ ABOUT = {"method": "follow_your_motion", "model_revision": "r1"}
 def folder(wan, heads, tmp_path):
     for stage, group, seed in (("spatial", heads, 0), ("temporal", ~heads, 1)):
         masked_lora.add(wan.transformer, stage, group, rank=2, alpha=4, seed=seed)
-        weights = masked_lora.state(wan.transformer, stage)
+        generator = torch.Generator().manual_seed(seed)
+        weights = {
+            name: value if "lora_A" in name else torch.randn(value.shape, generator=generator)
+            for name, value in masked_lora.state(wan.transformer, stage).items()
+        }
         masked_lora.write(weights, tmp_path / files.name(stage), rank=2, alpha=4, about={**ABOUT, "stage": stage})
     return tmp_path
 
@@ -43,16 +47,24 @@ def test_a_missing_or_swapped_file_is_refused(folder):
         files.load(folder, **ABOUT)
 
 
-def test_exports_are_the_same_adapter(folder):
-    merged, *_ = files.export(folder, "merged", spatial_scale=0.5)
-    weights, _ = masked_lora.read(merged)
+@pytest.mark.parametrize(("options", "scale"), [({}, 1.0), ({"spatial_scale": 0.5}, 0.5), ({"spatial_scale": 0}, 0)])
+def test_a_merged_file_does_what_both_adapters_do(folder, wan, fresh, options, scale):
     parts = files.load(folder, **ABOUT)
-    place = "blocks.0.attn1.to_q"
-    product = sum(
-        scale * parts[stage][f"{place}.lora_B.weight"] @ parts[stage][f"{place}.lora_A.weight"]
-        for stage, scale in (("spatial", 0.5), ("temporal", 1.0))
-    )
-    assert torch.allclose(weights[f"{place}.lora_B.weight"] @ weights[f"{place}.lora_A.weight"], product, atol=1e-6)
+    merged, *_ = files.export(folder, "merged", **options)
+    masked_lora.attach(fresh.transformer, "merged", masked_lora.read(merged)[0])
+    masked_lora.use(fresh.transformer, {"merged": 1.0})
+    for stage, weights in parts.items():
+        masked_lora.attach(wan.transformer, stage, weights)
+    masked_lora.use(wan.transformer, {"spatial": scale, "temporal": 1.0})
+    latents, timestep = torch.randn(1, 16, 3, 6, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([500.0])
+    text = wan.pad([wan.caption("a red ball")])
+    two, one = (model.velocity(latents, timestep, text) for model in (wan, fresh))
+    assert torch.allclose(two, one, atol=1e-4)
+    masked_lora.use(wan.transformer, {})
+    assert not torch.allclose(two, wan.velocity(latents, timestep, text), atol=1e-2)
+
+
+def test_comfyui_has_a_file_for_each_stage(folder):
     assert [path.name for path in files.export(folder, "comfyui")] == ["spatial.safetensors", "temporal.safetensors"]
 
 

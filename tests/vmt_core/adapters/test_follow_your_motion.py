@@ -111,8 +111,37 @@ def test_exact_positions_of_a_thinned_clip_are_where_its_frames_were(frames):
 
 @given(st.integers(1, 100), st.integers(1, 100), st.integers(0, 99))
 def test_the_papers_formula_is_a_stretching(whole, count, index):
-    """f(F/2 + F/F' (i - F'/2)) of the paper and i F/F' are one."""
-    assert whole / 2 + whole / count * (index - count / 2) == pytest.approx(index * whole / count)
+    """f(F/2 + F/F' (i - F'/2)) of the paper is i F/F'."""
+    index = min(index, count - 1)
+    found = FollowYourMotion(sparse="pixel", positions="paper").temporal_positions([], whole, count)
+    assert found[index] == pytest.approx(whole / 2 + whole / count * (index - count / 2))
+
+
+@pytest.mark.parametrize("frames", [21, 25, 33, 49, 65, 81])
+def test_aligned_positions_end_where_the_last_frame_was(frames):
+    whole, thinned = (frames - 1) // 4 + 1, (len(range(0, frames, 5)) - 1) // 4 + 1
+    pixel = FollowYourMotion(sparse="pixel", positions="aligned").temporal_positions([], whole, thinned)
+    assert (pixel[0], pixel[-1]) == (0, 5 * (thinned - 1))
+    chosen = FollowYourMotion(positions="aligned")
+    latent = chosen.temporal_positions(chosen.indices(whole), whole, thinned)
+    assert (latent[0], latent[-1]) == (0, whole - 1)
+
+
+@pytest.mark.parametrize("frames", range(1, 41))
+def test_draws_are_of_frames_far_apart_one_of_each_part_of_the_clip(frames):
+    chosen = FollowYourMotion()
+    even = chosen.indices(frames)
+    count = min(frames, max(3, (frames - 1) // 5 + 1))
+    assert len(even) == count and even[0] == 0 and even[-1] == frames - 1
+    generator = torch.Generator().manual_seed(0)
+    draws = [chosen.indices(frames, generator) for _ in range(400)]
+    edges = torch.linspace(1, frames, count).floor().int().tolist()
+    for draw in draws:
+        assert draw[0] == 0 and sorted(set(draw)) == draw and len(draw) == count
+        if draw != even:
+            assert all(low <= index < high for low, high, index in zip(edges[:-1], edges[1:], draw[1:], strict=True))
+    if frames > 12:
+        assert 0.4 < sum(draw == even for draw in draws) / len(draws) < 0.65
 
 
 # prepared references
@@ -123,6 +152,11 @@ def test_a_reference_is_prepared_once_and_comes_back(tiny, prepared, tmp_path):
     assert prepared.frames.shape == (17, 16, 8, 8)
     assert prepared.sparse.shape == (16, 2, 8, 8)  # 17 frames, every fourth: 5
     assert torch.allclose(prepared.frames[0], prepared.latents[:, 0], atol=1e-5)  # Wan's first latent is of one frame
+    clip = render(sample(3, category="single", motion="line", frames=17, height=64, width=64))
+    assert all(
+        torch.allclose(prepared.frames[at], tiny.encode(clip[at : at + 1])[:, 0], atol=1e-5) for at in (1, 9, 16)
+    )
+    assert torch.allclose(prepared.sparse, tiny.encode(clip[::4].contiguous()), atol=1e-5)
     prepared.save(tmp_path / "prepared.safetensors")
     again = Prepared.load(tmp_path / "prepared.safetensors")
     assert all(torch.equal(getattr(again, name), value) for name, value in vars(prepared).items())
@@ -216,6 +250,98 @@ def test_pixel_draws_are_the_thinned_clip(wan, prepared):
     assert positions == pytest.approx([0, 2.5])
 
 
+def test_noise_levels_are_uniform_before_the_shift(wan, prepared):
+    stage = task("spatial", wan, prepared, settings(frames_a_draw=1000, shift=5.0))
+    sigma = stage.batch(0)[2]
+    uniform = sigma / (5 - 4 * sigma)  # sigma = 5 u / (1 + 4 u)
+    assert ((uniform >= 0) & (uniform <= 1)).all()
+    assert torch.allclose(uniform.quantile(torch.tensor([0.25, 0.5, 0.75])), torch.tensor([0.25, 0.5, 0.75]), atol=0.05)
+
+
+def test_the_loss_is_the_weighted_sum_of_both_parts_of_each_clip(wan, prepared, monkeypatch):
+    stage = task("temporal", wan, prepared, settings(motion_weight=0.3, weighting="bell"))
+    latents, noise, sigma, text, positions, anchor = stage.batch(0)
+    predicted, velocity = noise - 0.5 * latents, noise - latents
+    monkeypatch.setattr(stage.module, "velocity", lambda *_: (predicted, velocity))
+    loss, logs = stage.module(latents, noise, sigma, text, positions, anchor)
+    squared = (0.5 * latents).square().flatten(1).mean(1)
+    motion = motion_loss(predicted, velocity, "signed")
+    wanted = (loss_weight(sigma, stage.settings.shift) * (squared + 0.3 * motion)).mean()
+    assert len(sigma) > 1 and loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    assert logs["loss_mse"].item() == pytest.approx(squared.mean().item(), rel=1e-5)
+    assert logs["loss_motion"].item() == pytest.approx(motion.mean().item(), rel=1e-5)
+
+
+def test_weights_have_alpha_over_rank_folded_in(wan, prepared):
+    chosen = settings(rank=4, alpha=8, temporal={"steps": 2, "warmup": 0})
+    types = fym.head_types(wan, prepared, chosen)
+    stage = fym.begin(wan, "temporal", prepared, types, chosen, {})
+    run = Tuning(stage, TorchEngine(stage.module, stage.schedule, wan.device))
+    while not run.done:
+        run.advance()
+    wan.transformer.disable_gradient_checkpointing()
+    with_adapter = stage.validate()
+    found = fym.weights(run.engine.state(), "temporal", chosen)
+    wan.transformer.delete_adapters("temporal")
+    masked_lora.attach(wan.transformer, "temporal", found)
+    masked_lora.use(wan.transformer, {"temporal": 1.0})
+    assert stage.validate() == pytest.approx(with_adapter, rel=1e-5)
+
+
+def test_the_temporal_stage_leaves_the_spatial_adapter_as_it_was(wan, prepared):
+    chosen = settings(spatial={"steps": 2, "warmup": 0}, temporal={"steps": 2, "warmup": 0})
+    types, done = fym.head_types(wan, prepared, chosen), {}
+    for name in ("spatial", "temporal"):
+        if done:
+            wan.transformer.delete_adapters("spatial")
+        stage = fym.begin(wan, name, prepared, types, chosen, done)
+        run = Tuning(stage, TorchEngine(stage.module, stage.schedule, wan.device))
+        while not run.done:
+            run.advance()
+        done[name] = fym.weights(run.engine.state(), name, chosen)
+    kept = masked_lora.state(wan.transformer, "spatial")
+    assert kept.keys() == done["spatial"].keys()
+    assert all(torch.equal(kept[key], value) for key, value in done["spatial"].items())
+    assert any(value.any() for key, value in done["spatial"].items() if "lora_B" in key)
+    assert any(value.any() for key, value in done["temporal"].items() if "lora_B" in key)
+    assert all(weight.grad is None for weight in masked_lora.parameters(wan.transformer, "spatial"))
+
+
+@pytest.mark.parametrize("name", ["spatial", "temporal"])
+def test_a_resumed_stage_ends_with_the_weights_of_one_that_was_not_stopped(wan, fresh, prepared, tmp_path, name):
+    chosen = settings(**{name: {"steps": 4, "warmup": 1, "validate_every": 2}})
+    types = fym.head_types(wan, prepared, chosen)
+
+    def begun(backbone):
+        stage = fym.begin(backbone, name, prepared, types, chosen, {})
+        return Tuning(stage, TorchEngine(stage.module, stage.schedule, backbone.device))
+
+    whole = begun(wan)
+    for step in range(4):
+        whole.advance()
+        if step == 1:
+            whole.save(tmp_path / "half", whole.engine.state())
+    resumed = begun(fresh)
+    resumed.load(tmp_path / "half")
+    while not resumed.done:
+        resumed.advance()
+    one, other = whole.engine.state(), resumed.engine.state()
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert whole.curve == resumed.curve
+
+
+def test_heads_can_come_from_a_file(tiny, prepared, tmp_path):
+    types = fym.head_types(tiny, prepared, SETTINGS)
+    turned = types.model_copy(update={"spatial": [[not head for head in row] for row in types.spatial]})
+    turned.save(tmp_path / "heads.json")
+    chosen = settings(head_rule="file", head_file=str(tmp_path / "heads.json"))
+    assert fym.head_types(tiny, prepared, chosen) == turned
+    for wrong in ({"head_rule": "file"}, {"head_file": "heads.json"}):
+        with pytest.raises(ValidationError, match="give both, or neither"):
+            settings(**wrong)
+
+
 def test_a_draw_follows_from_its_number(wan, prepared):
     one, same, other = (task("temporal", wan, prepared).batch(draw) for draw in (5, 5, 6))
     assert all(torch.equal(a, b) for a, b in zip(one[:3], same[:3], strict=True))
@@ -263,26 +389,37 @@ def test_the_anchor_of_debias_is_drawn(wan, prepared):
         assert motion_loss(predicted, velocity, "debias", anchor).item() == pytest.approx(wanted.item())
 
 
-@given(st.integers(0, 10_000))
-def test_the_signed_motion_loss_is_between_0_and_2(seed):
+def test_debias_forgives_what_all_frames_have_in_common():
+    """An error that is the same in all frames counts by (sqrt(2) - 1)^2, one of its own in each frame by 3 - 2 sqrt(2) / F."""
+    generator = torch.Generator().manual_seed(0)
+    constant = torch.randn(1, 16, 1, 32, 32, generator=generator).expand(-1, -1, 8, -1, -1)
+    own = torch.randn(1, 16, 8, 32, 32, generator=generator)
+    for error, share in ((constant, (math.sqrt(2) - 1) ** 2), (own, 3 - 2 * math.sqrt(2) / 8)):
+        found = motion_loss(error, torch.zeros_like(error), "debias", 3).item()
+        assert found / error.square().mean().item() == pytest.approx(share, rel=0.02)
+
+
+@given(st.integers(0, 10_000), st.integers(-3, 3), st.integers(-3, 3))
+def test_the_signed_motion_loss_is_between_0_and_2(seed, *sizes):
     generator = torch.Generator().manual_seed(seed)
-    one, other = (
-        torch.randn(2, 4, 3, 2, 2, generator=generator) * 10 ** torch.randint(-3, 4, ()).item() for _ in range(2)
-    )
+    one, other = (torch.randn(2, 4, 3, 2, 2, generator=generator) * 10.0**size for size in sizes)
     found = motion_loss(one, other, "signed")
     assert ((found >= -1e-6) & (found <= 2 + 1e-6)).all()
 
 
-@pytest.mark.parametrize("policy", ["none", "selective", "full"])
-def test_strict_norms_are_trained_under_every_checkpoint_policy(wan, prepared, policy):
-    wan.checkpoint_policy = policy
-    chosen = settings(isolate_qk_norm=True, spatial={"steps": 1, "warmup": 0})
-    types = fym.head_types(wan, prepared, chosen)
-    stage = fym.begin(wan, "spatial", prepared, types, chosen, {})
-    run = Tuning(stage, TorchEngine(stage.module, stage.schedule, wan.device))
-    run.advance()
-    found = masked_lora.state(wan.transformer, "spatial")
-    assert any(value.any() for key, value in found.items() if "lora_B" in key)
+@pytest.mark.parametrize("policy", ["selective", "full"])
+def test_strict_norms_are_trained_alike_under_every_checkpoint_policy(wan, fresh, prepared, policy):
+    chosen = settings(isolate_qk_norm=True, spatial={"steps": 2, "warmup": 0})
+    types, found = fym.head_types(wan, prepared, chosen), []
+    for backbone, name in ((wan, "none"), (fresh, policy)):
+        backbone.checkpoint_policy = name
+        stage = fym.begin(backbone, "spatial", prepared, types, chosen, {})
+        run = Tuning(stage, TorchEngine(stage.module, stage.schedule, backbone.device))
+        while not run.done:
+            run.advance()
+        found.append(masked_lora.state(backbone.transformer, "spatial"))
+    assert any(value.any() for key, value in found[0].items() if "lora_B" in key)
+    assert all(torch.allclose(found[1][key], value, atol=1e-6) for key, value in found[0].items())
 
 
 def test_strict_norms_are_used_in_training(wan, prepared):
@@ -318,4 +455,3 @@ def test_attention_is_most_of_what_sparse_frames_save():
     assert counts[5] == pytest.approx(31.6, rel=0.01)
     assert counts[1] == pytest.approx(4.65, rel=0.02)
     assert counts[21] / counts[5] >= 8.5
-    assert math.isfinite(counts[21])

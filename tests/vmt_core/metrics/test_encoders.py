@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import normalize
-from transformers import CLIPConfig, CLIPModel, PreTrainedTokenizerFast, ViTConfig, ViTModel
+from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast, ViTConfig, ViTModel
 
 from vmt_core.metrics.encoders import (
     AestheticHead,
@@ -72,6 +72,11 @@ def test_clip_features_are_those_of_the_model(clip_folder, frames):
     assert images.shape == (5, 24)
     assert torch.allclose(images.norm(dim=-1), torch.ones(5), atol=1e-5)
     assert not torch.equal(images, clip.images(frames, antialias=False))
+    with torch.no_grad():
+        processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+        pixels = processor([frame.permute(1, 2, 0).numpy() for frame in frames], return_tensors="pt").pixel_values
+        wanted = clip.model.visual_projection(clip.model.vision_model(pixels).pooler_output)
+    assert torch.allclose(images, normalize(wanted, dim=-1), atol=5e-3)
     assert clip.text("red circle").shape == (24,)
     assert not torch.allclose(clip.text("red circle"), clip.text("blue circle"), atol=1e-4)
     assert torch.equal(clip.text("red " * 100), clip.text("red " * 200))  # cut at the model's length
@@ -88,6 +93,11 @@ def test_dino_takes_frames_that_are_not_square(tmp_path, frames):
     images = dino.images(frames)
     assert images.shape == (5, 32)
     assert torch.allclose(images.norm(dim=-1), torch.ones(5), atol=1e-5)
+    small = torch.nn.functional.interpolate(frames.float(), (32, 53), mode="bilinear").round() / 255
+    mean, deviation = (torch.tensor(x).view(3, 1, 1) for x in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    with torch.no_grad():
+        wanted = dino.model((small - mean) / deviation, interpolate_pos_encoding=True).last_hidden_state[:, 0]
+    assert torch.allclose(images, normalize(wanted, dim=-1), atol=1e-5)
     right = frames.clone()
     right[:, :, :, 60:] = 0  # beyond a centre crop
     assert not torch.allclose(dino.images(right), images, atol=1e-4)

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vmt_core.metrics.noncommercial import GRID, Amt, CoTracker, fidelity
-from vmt_core.metrics.suite import NON_COMMERCIAL, Suite, Video
+from vmt_core.metrics.suite import NON_COMMERCIAL, Reference, Suite, Video
 
 
 def walks(count, frames=24, seed=0):
@@ -120,10 +120,10 @@ def test_even_lengths_leave_the_last_frame_out(stand_ins):
 def test_the_suite_measures_with_what_is_given(stand_ins):
     frames = torch.full((5, 3, 32, 32), 40, dtype=torch.uint8)
     suite = Suite(cotracker=CoTracker(stand_ins / "cotracker.safetensors"), amt=Amt(stand_ins / "amt.safetensors"))
-    values, _ = suite.measure(Video(frames, frames, ""))
+    values, _ = suite.measure(Video(frames, Reference(frames), ""))
     assert values["motion_fidelity"] == pytest.approx(1)
     assert values["motion_smoothness"] == pytest.approx(1)
-    _, reasons = Suite().measure(Video(frames, frames, ""))
+    _, reasons = Suite().measure(Video(frames, Reference(frames), ""))
     assert {reasons[name] for name in NON_COMMERCIAL} == {"no CoTracker was given", "no AMT was given"}
 
 

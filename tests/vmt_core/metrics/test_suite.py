@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vmt_core.metrics import leak
-from vmt_core.metrics.suite import CORE, MODELS, NON_COMMERCIAL, Suite, Video
+from vmt_core.metrics.suite import CORE, MODELS, NON_COMMERCIAL, Reference, Suite, Video
 from vmt_core.world import appearance, render, sample
 
 
@@ -17,7 +17,7 @@ def scene():
 
 def test_a_video_that_is_its_reference_agrees_with_it(scene):
     frames = render(scene)
-    values, reasons = Suite().measure(Video(frames, frames, appearance(scene), scene))
+    values, reasons = Suite().measure(Video(frames, Reference(frames, scene), appearance(scene)))
     assert set(values) == set(CORE)
     assert set(reasons) == set(MODELS | NON_COMMERCIAL)
     assert values["motion_matched"] > 0.9
@@ -28,22 +28,22 @@ def test_a_video_that_is_its_reference_agrees_with_it(scene):
 
 def test_exact_motion_of_a_pan_is_found_by_flow():
     scene = sample(19, category="camera", motion="pan", frames=17, height=128, width=128)
-    values, _ = Suite().measure(Video(render(scene), render(scene), "", scene))
+    values, _ = Suite().measure(Video(render(scene), Reference(render(scene), scene), ""))
     assert values["motion"] > 0.9
 
 
 def test_without_exact_tracks_the_reference_is_tracked_as_well(scene):
     frames = render(scene)
-    values, _ = Suite().measure(Video(frames, frames, ""))
+    values, _ = Suite().measure(Video(frames, Reference(frames), ""))
     assert values["motion"] == pytest.approx(1.0)
 
 
 def test_what_is_undefined_or_raises_is_absent_with_the_reason(scene):
     still = render(scene)[:1].expand(9, -1, -1, -1).contiguous()
-    values, reasons = Suite().measure(Video(still, still, ""))
+    values, reasons = Suite().measure(Video(still, Reference(still), ""))
     assert "motion" not in values
     assert "nothing moves" in reasons["motion"]
-    values, reasons = Suite().measure(Video(still[:2], still[:2], ""))
+    values, reasons = Suite().measure(Video(still[:2], Reference(still[:2]), ""))
     assert "needs at least 3" in reasons["smoothness"]
     assert values["background_leak"] == pytest.approx(1.0)
 
@@ -55,7 +55,7 @@ class Raises:
 
 def test_a_metric_that_fails_does_not_take_the_others_along(scene):
     frames = render(scene)
-    values, reasons = Suite(clip=Raises()).measure(Video(frames, frames, "", scene))
+    values, reasons = Suite(clip=Raises()).measure(Video(frames, Reference(frames, scene), ""))
     assert set(values) == set(CORE)
     assert reasons["text_similarity"] == "RuntimeError: out of memory"
 

@@ -11,6 +11,7 @@ from torch import nn
 from vmt_core import Backbone
 from vmt_core.pretraining import export, loop, pool
 from vmt_core.pretraining.dit import BODIES, MORE_PHASES, NAMED_BLOCK, NAMING, DitLoss, DitStage
+from vmt_core.pretraining.dit import PHASES as PHASES_OF_CLIPS
 from vmt_core.pretraining.loop import Phase, Run
 from vmt_core.pretraining.vae import VaeStage, crop, look_at_one_frame, pixels
 from vmt_core.world import Scene, render, sample, split
@@ -228,6 +229,37 @@ def test_the_transformer_trains_resumes_and_becomes_a_model(few, small, tmp_path
     for name in ("transformer", "text"):
         kept, taken = (getattr(module, name).state_dict() for module in (again.average.module, more.module))
         assert all(torch.equal(taken[key], kept[key].bfloat16().float()) for key in kept)
+
+
+@pytest.mark.parametrize("phases", [PHASES_OF_CLIPS, MORE_PHASES])
+def test_validation_is_on_clips_that_move(few, tmp_path, monkeypatch, phases):
+    stage = DitStage(few, tmp_path, phases=phases)
+
+    class Asked(Exception):
+        pass
+
+    def ask(size, clips):
+        raise Asked(size)
+
+    monkeypatch.setattr(stage.pool, "validation", ask)
+    with pytest.raises(Asked) as asked:
+        stage.validate(stage.module)
+    assert asked.value.args == ((17, 192, 192),)
+
+
+def test_more_training_starts_with_the_clips_of_the_run_before(few, tmp_path, monkeypatch):
+    stage = DitStage(few, tmp_path, phases=MORE_PHASES)
+    steps = []
+
+    def drawn(random, step, count, size, *, renew):
+        steps.append(step)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage.pool, "draw", drawn)
+    for step in (0, 7):
+        with pytest.raises(KeyboardInterrupt):
+            stage.batch(step, 0)
+    assert steps == [MORE_PHASES[0].before, MORE_PHASES[0].before + 7]
 
 
 def test_the_pool_is_renewed_and_follows_from_the_step(few, small, tmp_path):
