@@ -174,7 +174,7 @@ class Tuning:
         return {
             "step": self.step,
             "loss": loss,
-            **{name: value.item() for name, value in logs.items()},
+            **{name: float(value) for name, value in logs.items()},
             **({} if point.validation is None else {"validation": point.validation}),
             "gradient_norm": norm,
             "learning_rate": schedule.rate(self.step - 1),

@@ -68,23 +68,19 @@ def test_out_of_memory_is_told_from_other_errors(error, expected):
     assert out_of_memory(error) is expected
 
 
-class Works(Stage):
-    """A stage without Ray whose work is a function."""
+class Raises(Stage):
+    """A stage without Ray, whose work ends in an error."""
 
     name = "transfer"
 
-    def __init__(self, work):
-        self.work = lambda rows, *, smaller: work(rows)
+    def __init__(self, error):
+        self.error = error
 
     def setup(self):
         pass
 
-
-def raises(error):
-    def work(rows):
-        raise error
-
-    return Works(work)
+    def work(self, rows, *, smaller):
+        raise self.error
 
 
 def test_a_process_that_cannot_use_its_gpu_any_more_ends_before_it_fails_good_rows(monkeypatch, capsys):
@@ -92,9 +88,9 @@ def test_a_process_that_cannot_use_its_gpu_any_more_ends_before_it_fails_good_ro
     monkeypatch.setattr(stage.os, "_exit", lambda code: ended.append(code) or (_ for _ in ()).throw(SystemExit))
     broken = RuntimeError("CUDA error: an illegal memory access was encountered")
     with pytest.raises(SystemExit):
-        raises(broken)._attempt([{"sample_id": "a"}])
+        Raises(broken)._attempt([{"sample_id": "a"}])
     assert ended == [1] and "illegal memory access" in capsys.readouterr().err
     for other in (RuntimeError("CUDA error: out of memory"), RuntimeError("shapes do not match")):
-        (outcome,) = raises(other)._attempt([{"sample_id": "a"}])
+        (outcome,) = Raises(other)._attempt([{"sample_id": "a"}])
         assert outcome.code in ("out_of_memory", "internal")
     assert ended == [1]

@@ -320,14 +320,14 @@ def test_a_guarded_row_that_took_two_processes_down_is_refused(world, tracker, m
     import ray
 
     monkeypatch.setattr(ray, "get", lambda value: value)
+    dead = []
     for _ in range(2):
         process = Guard(Remote(tracker), "measure", "n1", 60)
         with process.row("good"):
             pass
-        row = process.row("poison")
-        row.__enter__()  # and the process dies here
+        dead.append(process.row("poison"))
+        dead[-1].__enter__()  # and the process dies here
         process.watchdog.disarm()
-        del row
     third = Guard(Remote(tracker), "measure", "n1", 60)
     with pytest.raises(RowError, match="took its worker process down twice") as refused, third.row("poison"):
         raise AssertionError("it was begun")

@@ -9,7 +9,7 @@ ABOUT = {"method": "follow_your_motion", "model_revision": "r1"}
 
 
 @pytest.fixture
-def folder(wan, heads, tmp_path):
+def adapter(wan, heads, tmp_path):
     for stage, group, seed in (("spatial", heads, 0), ("temporal", ~heads, 1)):
         masked_lora.add(wan.transformer, stage, group, rank=2, alpha=4, seed=seed)
         generator = torch.Generator().manual_seed(seed)
@@ -21,8 +21,8 @@ def folder(wan, heads, tmp_path):
     return tmp_path
 
 
-def test_an_adapter_comes_back(folder):
-    found = files.load(folder, method="follow_your_motion", model_revision="r1")
+def test_an_adapter_comes_back(adapter):
+    found = files.load(adapter, method="follow_your_motion", model_revision="r1")
     assert set(found) == {"spatial", "temporal"}
 
 
@@ -33,24 +33,24 @@ def test_an_adapter_comes_back(folder):
         ({"model_revision": "r2"}, "its model_revision is 'r1', wanted is 'r2'"),
     ],
 )
-def test_another_methods_or_models_adapter_is_refused(folder, wanted, words):
+def test_another_methods_or_models_adapter_is_refused(adapter, wanted, words):
     with pytest.raises(ValueError, match=words):
-        files.load(folder, **(ABOUT | wanted))
+        files.load(adapter, **(ABOUT | wanted))
 
 
-def test_a_missing_or_swapped_file_is_refused(folder):
-    (folder / "spatial.safetensors").rename(folder / "kept")
+def test_a_missing_or_swapped_file_is_refused(adapter):
+    (adapter / "spatial.safetensors").rename(adapter / "kept")
     with pytest.raises(ValueError, match=r"spatial\.safetensors: missing"):
-        files.load(folder, **ABOUT)
-    (folder / "spatial.safetensors").write_bytes((folder / "temporal.safetensors").read_bytes())
+        files.load(adapter, **ABOUT)
+    (adapter / "spatial.safetensors").write_bytes((adapter / "temporal.safetensors").read_bytes())
     with pytest.raises(ValueError, match="its stage is 'temporal', wanted is 'spatial'"):
-        files.load(folder, **ABOUT)
+        files.load(adapter, **ABOUT)
 
 
 @pytest.mark.parametrize(("options", "scale"), [({}, 1.0), ({"spatial_scale": 0.5}, 0.5), ({"spatial_scale": 0}, 0)])
-def test_a_merged_file_does_what_both_adapters_do(folder, wan, fresh, options, scale):
-    parts = files.load(folder, **ABOUT)
-    merged, *_ = files.export(folder, "merged", **options)
+def test_a_merged_file_does_what_both_adapters_do(adapter, wan, fresh, options, scale):
+    parts = files.load(adapter, **ABOUT)
+    merged, *_ = files.export(adapter, "merged", **options)
     masked_lora.attach(fresh.transformer, "merged", masked_lora.read(merged)[0])
     masked_lora.use(fresh.transformer, {"merged": 1.0})
     for stage, weights in parts.items():
@@ -64,10 +64,10 @@ def test_a_merged_file_does_what_both_adapters_do(folder, wan, fresh, options, s
     assert not torch.allclose(two, wan.velocity(latents, timestep, text), atol=1e-2)
 
 
-def test_comfyui_has_a_file_for_each_stage(folder):
-    assert [path.name for path in files.export(folder, "comfyui")] == ["spatial.safetensors", "temporal.safetensors"]
+def test_comfyui_has_a_file_for_each_stage(adapter):
+    assert [path.name for path in files.export(adapter, "comfyui")] == ["spatial.safetensors", "temporal.safetensors"]
 
 
-def test_an_unknown_format_is_refused(folder):
+def test_an_unknown_format_is_refused(adapter):
     with pytest.raises(ValueError, match="export 'kohya' is not one of comfyui, merged"):
-        files.export(folder, "kohya")
+        files.export(adapter, "kohya")

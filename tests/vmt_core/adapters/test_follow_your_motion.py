@@ -42,7 +42,7 @@ def test_presets_are_what_they_say():
 def test_changes_of_a_schedule_leave_the_rest_of_it():
     changed = FollowYourMotion.preset("code", temporal={"steps": 7})
     assert (changed.temporal.steps, changed.temporal.weight_decay) == (7, 0.5)
-    assert FollowYourMotion.preset(temporal={"steps": 7}).temporal == Schedule(steps=7)
+    assert FollowYourMotion.preset(temporal={"steps": 7}).temporal == Schedule(steps=7, validate_every=250)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_sampled_frames_are_sorted_unique_in_range_and_start_at_the_first(frames
     chosen = FollowYourMotion(stride=stride)
     drawn = chosen.indices(frames, torch.Generator().manual_seed(seed))
     assert drawn == sorted(set(drawn)) and drawn[0] == 0 and drawn[-1] < frames
-    assert len(drawn) == max(2, (frames - 1) // stride + 1)
+    assert len(drawn) == min(frames, max(3, (frames - 1) // stride + 1))
     assert drawn == chosen.indices(frames, torch.Generator().manual_seed(seed))
 
 
@@ -400,9 +400,9 @@ def test_debias_forgives_what_all_frames_have_in_common():
 
 
 @given(st.integers(0, 10_000), st.integers(-3, 3), st.integers(-3, 3))
-def test_the_signed_motion_loss_is_between_0_and_2(seed, *sizes):
+def test_the_signed_motion_loss_is_between_0_and_2(seed, size, other_size):
     generator = torch.Generator().manual_seed(seed)
-    one, other = (torch.randn(2, 4, 3, 2, 2, generator=generator) * 10.0**size for size in sizes)
+    one, other = (torch.randn(2, 4, 3, 2, 2, generator=generator) * 10.0**power for power in (size, other_size))
     found = motion_loss(one, other, "signed")
     assert ((found >= -1e-6) & (found <= 2 + 1e-6)).all()
 
