@@ -320,20 +320,16 @@ def test_a_guarded_row_that_took_two_processes_down_is_refused(world, tracker, m
     import ray
 
     monkeypatch.setattr(ray, "get", lambda value: value)
-    dead = []
     for _ in range(2):
-        process = Guard(Remote(tracker), "measure", "n1", 60)
-        with process.row("good"):
-            pass
-        dead.append(process.row("poison"))
-        dead[-1].__enter__()  # and the process dies here
-        process.watchdog.disarm()
-    third = Guard(Remote(tracker), "measure", "n1", 60)
+        assert admit(tracker, "poison")["poison"] != "crashed"
+        crash(tracker, "poison")
+    third = Guard(Remote(tracker), "transfer", "n1", 60)
     with pytest.raises(RowError, match="took its worker process down twice") as refused, third.row("poison"):
         raise AssertionError("it was begun")
     assert refused.value.code == "crashed"
     with third.row("good"):
-        pass
+        assert [row for _, row, _ in tracker.snapshot()["running"]] == ["good"]
+    assert tracker.snapshot()["running"] == []
 
 
 def test_a_guarded_row_that_hung_is_not_tried_again(world, tracker, monkeypatch):
