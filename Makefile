@@ -27,8 +27,10 @@ demo: venv
 	    --transfer.actors 2
 	@echo 'Open $(DEMO)/transfer/run/report.html in a browser.'
 
+# What starts no Ray runs two files at a time; Ray's many processes want the machine for themselves.
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/jobs --ignore tests/chaos
+	$(BIN)/python -m pytest tests/jobs tests/chaos
 
 lint: venv
 	$(BIN)/ruff check .

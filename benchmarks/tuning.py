@@ -133,7 +133,9 @@ def ablation(arguments: argparse.Namespace) -> None:
         backbone, reader, METHODS["none"](), sampling, pairs, [latents[id(pair.reference)] for pair in pairs]
     )
     outcomes, leaks = [plain], [leak(reader, plain.clips, pairs)]
-    for name, settings in variants(FollowYourMotion.preset("nano")).items():
+    wanted = arguments.variants.split(",") if arguments.variants else list(variants(FollowYourMotion()))
+    for name in wanted:
+        settings = variants(FollowYourMotion.preset("nano"))[name]
         outcome = transfers.Outcome(name)
         for one in references:
             began = time.perf_counter()
@@ -189,6 +191,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--references", type=int, default=12)
     parser.add_argument("--prompts", type=int, default=2)
+    parser.add_argument("--variants", help="which, comma separated; default: all")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--judge", type=Path, default=Path("out/judge.safetensors"), help="trained if it is not there")
     arguments = parser.parse_args()
