@@ -61,7 +61,7 @@ def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[
         say(f"{count} results, {count - missing} measured before, {missing} to measure now")
         if missing:
             _measure(settings, storage, done, missing, say)
-            mend(settings, storage, found)
+            mend(settings, storage, found, retry=False)
         lines = tables.compare(read(settings, storage), settings.baseline, settings.bootstrap)
         told, failed, absent = _tally(read(settings, storage))
         summary = {
@@ -174,12 +174,17 @@ def read(
 
 
 def mend(
-    settings: EvaluateSettings, storage: Storage, results: Mapping[str, Mapping[str, str | None]]
+    settings: EvaluateSettings,
+    storage: Storage,
+    results: Mapping[str, Mapping[str, str | None]],
+    *,
+    retry: bool = True,
 ) -> dict[str, set[str]]:
     """Ids of the rows that are measured, by run. Metrics that no longer agree with their result go, and second ones.
 
     Args:
         results: of each run, sample_id -> error code, or None for ok.
+        retry: forget measurements that failed for a reason that may be gone; after a run they stand.
     """
     done: dict[str, set[str]] = {run: set() for run in results}
     columns = ["run", "sample_id", "status", "error_code", "video_uri"]
@@ -198,7 +203,9 @@ def mend(
             if run not in results:  # of an evaluation of other runs
                 keep.append(True)
                 continue
-            keep.append(sample in results[run] and sample not in done[run] and not _stale(row, results[run][sample]))
+            keep.append(
+                sample in results[run] and sample not in done[run] and not _stale(row, results[run][sample], retry)
+            )
             if keep[-1]:
                 done[run].add(sample)
         if any(keep) and not all(keep):
@@ -210,8 +217,8 @@ def mend(
     return done
 
 
-def _stale(row: Mapping[str, Any], result: str | None) -> bool:
-    """Whether a metric row says another thing than its result now does, or failed for a reason that may be gone.
+def _stale(row: Mapping[str, Any], result: str | None, retry: bool) -> bool:
+    """Whether a metric row says another thing than its result now does, or (`retry`) failed for a reason that may be gone.
 
     An internal error may be: of another version of this code, or of a GPU.
     """
@@ -219,7 +226,8 @@ def _stale(row: Mapping[str, Any], result: str | None) -> bool:
         return bool(row["error_code"] != result)
     made = row["video_uri"] is not None  # when it was measured
     code = row["error_code"]
-    return row["status"] == "failed" and (not made or code == ErrorCode.INTERNAL or ErrorCode(code).transient)
+    may_be_gone = code == ErrorCode.INTERNAL or (code is not None and ErrorCode(code).transient)
+    return row["status"] == "failed" and (not made or (retry and may_be_gone))
 
 
 def _measure(

@@ -81,6 +81,8 @@ def test_metrics_that_no_longer_agree_with_their_results_are_measured_again(tmp_
     results = {f"{number:032x}": None if number % 10 else "truncated" for number in range(30)}
     del results[f"{5:032x}"]
     results[f"{10:032x}"] = None
+    kept = evaluate.mend(settings, Storage(), {settings.run[0]: results}, retry=False)  # as after a run
+    assert {int(sample, 16) for sample in kept[settings.run[0]]} == set(range(30)) - {5, 10}
     done = evaluate.mend(settings, Storage(), {settings.run[0]: results})
     assert {int(sample, 16) for sample in done[settings.run[0]]} == set(range(30)) - {1, 5, 7, 10}
     kept = [row.sample_id for row in evaluate.read(settings, Storage())]
