@@ -1,7 +1,8 @@
 """Motion agreement of two clips, from tracks of their points: exact ones where the world gives them, else from optical flow.
 
 `aligned` is the headline number where a method is to keep the layout: +1 the same motion at the same places, 0 unrelated, -1 opposite.
-It compares directions of steps, frame by frame, of tracks that start at the same pixel. Chance level is 0.
+It compares directions of steps of tracks that start at the same pixel. Chance level is 0. A step is the way of OVER frames, not of one:
+optical flow is off by some tenths of a pixel, which is much of a slow step and little of four.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from vmt_core.world.render import Tracks, grid_points
 Positions = Float[Tensor, "frames n 2"]
 Visible = Bool[Tensor, "frames n"]
 
-MOVES = 0.25  # pixels a frame at a width of 256: less is standing still
+MOVES = 0.3  # pixels a frame at a width of 256: less is standing still
+OVER = 4  # frames that a step spans, those of one latent
 _LOST = 0.75  # pixels of forward-backward error at which a track ends
 _FLAT = 4.0  # of 255, standard deviation about a pixel below which there is nothing to see
 _CHANGED = 6  # of 255: less is noise
@@ -108,35 +110,44 @@ def estimator() -> cv2.DISOpticalFlow:
 
 
 def aligned(
-    first: tuple[Positions, Visible], second: tuple[Positions, Visible], width: int, moves: float = MOVES
+    first: tuple[Positions, Visible],
+    second: tuple[Positions, Visible],
+    width: int,
+    moves: float = MOVES,
+    over: int = OVER,
 ) -> float:
     """Mean, over points that move in either clip, of the cosine of their steps where both are seen and either moves.
 
-    nan if nothing moves in both.
+    nan if nothing moves in both. Where nothing is seen for `over` frames, steps are shorter.
     """
-    least = moves * width / 256
-    one, two = first[0].diff(dim=0), second[0].diff(dim=0)
-    seen = first[1][1:] & first[1][:-1] & second[1][1:] & second[1][:-1]
-    mobile = moving(first, width, moves) | moving(second, width, moves)
+    (one, seen_one), (two, seen_two) = _steps(first, over), _steps(second, over)
+    seen, least = seen_one & seen_two, moves * over * width / 256
+    mobile = moving(first, width, moves, over) | moving(second, width, moves, over)
     long_one, long_two = one.norm(dim=-1) > least, two.norm(dim=-1) > least
     steps = seen & (long_one | long_two) & mobile
     cosine = (_unit(one) * _unit(two)).sum(-1) * (long_one & long_two)  # a step against a stand counts as unrelated
     count = steps.sum(0)
-    if not bool((count > 0).any()):
-        return float("nan")
+    if not bool((count > 0).any()):  # tracks may be lost too soon for long steps
+        return aligned(first, second, width, moves, over // 2) if over > 1 else float("nan")
     corr = (cosine * steps).sum(0)[count > 0] / count[count > 0]
     return float(corr.mean())
 
 
 def matched(
-    first: tuple[Positions, Visible], second: tuple[Positions, Visible], width: int, moves: float = MOVES
+    first: tuple[Positions, Visible],
+    second: tuple[Positions, Visible],
+    width: int,
+    moves: float = MOVES,
+    over: int = OVER,
 ) -> float:
     """Motion fidelity within what moves (after Yatim et al., arXiv 2311.17009): each moving track with its best match in the other
     clip, both ways, whatever the places.
 
     1 the same motions, 0 if one clip stands still, nan if both do. Chance is above 0: unrelated tracks have a best match, too.
     """
-    (one, seen_one), (two, seen_two) = (_directions(tracks, moving(tracks, width, moves)) for tracks in (first, second))
+    (one, seen_one), (two, seen_two) = (
+        _directions(tracks, moving(tracks, width, moves, over), over) for tracks in (first, second)
+    )
     if one.shape[0] == 0 or two.shape[0] == 0:
         return float("nan") if one.shape[0] == two.shape[0] else 0.0
     together = seen_one @ seen_two.T  # steps that both are seen at
@@ -145,15 +156,15 @@ def matched(
     return float((corr.amax(1).mean() + corr.amax(0).mean()) / 2)
 
 
-def moving_share(tracks: tuple[Positions, Visible], width: int, moves: float = MOVES) -> float:
+def moving_share(tracks: tuple[Positions, Visible], width: int, moves: float = MOVES, over: int = OVER) -> float:
     """Share of the tracks that move."""
-    return float(moving(tracks, width, moves).float().mean())
+    return float(moving(tracks, width, moves, over).float().mean())
 
 
-def moving(tracks: tuple[Positions, Visible], width: int, moves: float = MOVES) -> Bool[Tensor, " n"]:
+def moving(tracks: tuple[Positions, Visible], width: int, moves: float = MOVES, over: int = OVER) -> Bool[Tensor, " n"]:
     """Tracks that are seen in half of the steps and move in half of those."""
-    steps = tracks[0].diff(dim=0).norm(dim=-1) > moves * width / 256
-    seen = tracks[1][1:] & tracks[1][:-1]
+    ways, seen = _steps(tracks, over)
+    steps = ways.norm(dim=-1) > moves * over * width / 256
     found: Tensor = (seen.sum(0) >= len(steps) / 2) & ((steps & seen).sum(0) >= seen.sum(0) / 2) & seen.any(0)
     return found
 
@@ -194,10 +205,18 @@ def of_world(tracks: Tracks) -> tuple[Positions, Visible]:
     return tracks.points, tracks.visible
 
 
-def _directions(tracks: tuple[Positions, Visible], chosen: Bool[Tensor, " n"]) -> tuple[Tensor, Tensor]:
-    """Unit steps of chosen tracks, zero where unseen, (n, frames - 1, 2), and where they are seen, (n, frames - 1)."""
-    seen = (tracks[1][1:] & tracks[1][:-1])[:, chosen].T.float()
-    return _unit(tracks[0].diff(dim=0))[:, chosen].transpose(0, 1) * seen.unsqueeze(-1), seen
+def _steps(tracks: tuple[Positions, Visible], over: int) -> tuple[Tensor, Tensor]:
+    """Ways over so many frames (frames - over, n, 2), or over all of a shorter clip, and where a track is seen all along."""
+    positions, visible = tracks
+    over = min(over, len(positions) - 1)
+    return positions[over:] - positions[:-over], visible.unfold(0, over + 1, 1).all(-1)
+
+
+def _directions(tracks: tuple[Positions, Visible], chosen: Bool[Tensor, " n"], over: int) -> tuple[Tensor, Tensor]:
+    """Unit steps of chosen tracks, zero where unseen, (n, steps, 2), and where they are seen, (n, steps)."""
+    steps, visible = _steps(tracks, over)
+    seen = visible[:, chosen].T.float()
+    return _unit(steps)[:, chosen].transpose(0, 1) * seen.unsqueeze(-1), seen
 
 
 def _unit(steps: Tensor) -> Tensor:

@@ -19,10 +19,10 @@ from vmt_core.world import Scene, tracks
 
 #: Name -> version; bumped whenever the same videos would give another value.
 CORE = {
-    "motion": 2,  # motion.aligned: agreement with the reference at the same places, -1 to 1
-    "motion_matched": 2,  # motion.matched: agreement with the best match anywhere
-    "moving": 2,  # share of the video's points that move
-    "moving_reference": 2,
+    "motion": 3,  # motion.aligned: agreement with the reference at the same places, -1 to 1
+    "motion_matched": 3,  # motion.matched: agreement with the best match anywhere
+    "moving": 3,  # share of the video's points that move
+    "moving_reference": 3,
     "smoothness": 1,  # flow.smoothness
     "flow_consistency": 1,  # flow.consistency
     "background_leak": 1,  # leak.background_leak
