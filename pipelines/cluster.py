@@ -14,8 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.autoscaler.sdk import request_resources
 from ray.data import DataContext
+from ray.util.placement_group import placement_group, remove_placement_group
 
 from schemas import RaySettings, StageSettings
 
@@ -70,21 +70,28 @@ def connected(settings: RaySettings, pools: Sequence[StageSettings]) -> Iterator
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray put its own in the place
     try:
         if address:
-            _ask_for(pools)
-        wait_for(needed, settings.wait_s if address else 0)
+            with _demanded(pools):
+                wait_for(needed, settings.wait_s)
+        else:
+            wait_for(needed, 0)
         yield
     finally:
-        if address and ray.is_initialized():
-            with contextlib.suppress(ConnectionError, RuntimeError):  # the head node is gone
-                _ask_for(())
         ray.shutdown()
 
 
-def _ask_for(pools: Sequence[StageSettings]) -> None:
-    """Tells an autoscaler what the pools take at least; it adds nodes for demands, and idle pools make none. None: nothing any more."""
+@contextlib.contextmanager
+def _demanded(pools: Sequence[StageSettings]) -> Iterator[None]:
+    """A demand for what the pools take at least, while the block runs: an autoscaler adds nodes for demands alone.
+
+    A placement group, because it goes with this driver, however that ends; a request to the autoscaler would stay.
+    """
     bundles = [{"CPU": pool.cpus, "GPU": pool.gpus} for pool in pools for _ in range(pool.actors)]
     bundles = [{name: amount for name, amount in bundle.items() if amount} for bundle in bundles]
-    request_resources(bundles=[*bundles, *[{"CPU": 1.0}] * ENGINE_CPUS] if pools else [])
+    group = placement_group([*bundles, *[{"CPU": 1.0}] * ENGINE_CPUS])
+    try:
+        yield
+    finally:
+        remove_placement_group(group)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from heapq import nsmallest
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
@@ -35,6 +35,7 @@ from pipelines.tracker import start as tracker_of_run
 from schemas import ErrorCode, EvaluateSettings, MetricRow, ResultRow, UsageError
 from vmt_core.metrics.noncommercial import NOTICE
 
+T = TypeVar("T")
 _DRAWN = 500  # of those, the ones whose tracks can be drawn over the videos
 
 
@@ -187,16 +188,8 @@ def mend(
         retry: forget measurements that failed for a reason that may be gone; after a run they stand.
     """
     done: dict[str, set[str]] = {run: set() for run in results}
-    columns = ["run", "sample_id", "status", "error_code", "video_uri"]
-
-    def opened(uri: str) -> tuple[str, pq.ParquetFile, list[dict[str, Any]]]:
-        filesystem, path = storage.arrow(uri)
-        file = pq.ParquetFile(path, filesystem=filesystem)
-        return uri, file, file.read(columns).to_pylist()
-
-    with ThreadPoolExecutor(8) as pool:
-        tables_of_files = list(pool.map(opened, _files(settings, storage)))
-    for uri, file, rows in tables_of_files:
+    files, columns = _files(settings, storage), ["run", "sample_id", "status", "error_code", "video_uri"]
+    for uri, rows in _each(lambda uri: _table(storage, uri, columns).to_pylist(), files):
         keep = []
         for row in rows:
             run, sample = row["run"], row["sample_id"]
@@ -210,11 +203,25 @@ def mend(
                 done[run].add(sample)
         if any(keep) and not all(keep):
             sink = pa.BufferOutputStream()
-            pq.write_table(file.read().filter(pa.array(keep)), sink, compression="zstd")
+            pq.write_table(_table(storage, uri).filter(pa.array(keep)), sink, compression="zstd")
             storage.write(uri, sink.getvalue().to_pybytes())
         elif not any(keep):
             storage.delete(uri)
     return done
+
+
+def _each(look: Callable[[str], T], files: Sequence[str], at_once: int = 64) -> Iterator[tuple[str, T]]:
+    """Each file with what `look` gives, read side by side, a few at a time: there may be thousands."""
+    with ThreadPoolExecutor(8) as pool:
+        for start in range(0, len(files), at_once):
+            some = files[start : start + at_once]
+            yield from zip(some, pool.map(look, some), strict=True)
+
+
+def _table(storage: Storage, uri: str, columns: list[str] | None = None) -> pa.Table:
+    filesystem, path = storage.arrow(uri)
+    with pq.ParquetFile(path, filesystem=filesystem) as file:
+        return file.read(columns)
 
 
 def _stale(row: Mapping[str, Any], result: str | None, retry: bool) -> bool:
