@@ -9,15 +9,17 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from pipelines.cluster import RunFailed
 from pipelines.storage import Storage, StorageUnavailable, describe
 from schemas import UsageError
 
@@ -25,11 +27,12 @@ RENEW_S = 5.0
 
 
 @contextlib.contextmanager
-def held(storage: Storage, uri: str, *, renew_s: float = RENEW_S) -> Iterator[Callable[[], bool]]:
-    """Holds the lock while the block runs; yields whether it still does (a process that slept may find it taken over).
+def held(storage: Storage, uri: str, *, renew_s: float = RENEW_S) -> Iterator[None]:
+    """Holds the lock while the block runs, in the main thread; a process that slept and finds it taken over is interrupted there.
 
     Raises:
         UsageError: another run holds it, or it cannot be written.
+        RunFailed: another run took it over.
         StorageUnavailable: the storage does not answer.
     """
     mine = _identity()
@@ -46,13 +49,18 @@ def held(storage: Storage, uri: str, *, renew_s: float = RENEW_S) -> Iterator[Ca
             with contextlib.suppress(OSError):  # the next beat may get through; others wait for several
                 if _owner(storage, uri).get("token") != mine["token"]:
                     lost.set()
+                    os.kill(os.getpid(), signal.SIGINT)  # wakes the main thread wherever it waits
                     return
                 storage.write(uri, _beat(mine))
 
     thread = threading.Thread(target=renew, daemon=True, name="lock")
     thread.start()
     try:
-        yield lambda: not lost.is_set()
+        yield
+    except KeyboardInterrupt:
+        if lost.is_set():
+            raise RunFailed("another run took this output over; this one stops") from None
+        raise
     finally:
         stop.set()
         thread.join()

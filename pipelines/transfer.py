@@ -55,7 +55,7 @@ def run(settings: TransferSettings, say: Callable[[str], None] = print) -> dict[
         storage, settings.manifest, revision=revision, method=settings.method, samples=settings.samples
     )
     settings = _with_adapters(settings, storage, selection, say)
-    with lock.held(storage, join(settings.output, "run", "lock.json")) as still_ours:
+    with lock.held(storage, join(settings.output, "run", "lock.json")):
         run_id = f"{started:%Y%m%dT%H%M%SZ}-{uuid.uuid4().hex[:6]}"
         storage.write(join(settings.output, "run", "settings.json"), _json(settings.model_dump(mode="json")))
         ledger = Ledger(storage, settings.output, say)
@@ -65,7 +65,7 @@ def run(settings: TransferSettings, say: Callable[[str], None] = print) -> dict[
             with _source(
                 settings, storage, run_id, chosen, whole=not (left or settings.method or settings.samples)
             ) as source:
-                working = _execute(settings, storage, ledger, source, chosen, run_id, say, still_ours)
+                working = _execute(settings, storage, ledger, source, chosen, run_id, say)
         summary = {
             "title": "Motion transfer",
             "run_id": run_id,
@@ -220,12 +220,11 @@ def _execute(
     chosen: list[str],
     run_id: str,
     say: Callable[[str], None],
-    still_ours: Callable[[], bool],
 ) -> float:
     """Runs the graph in a thread, while this one watches and tells; returns the seconds since the first row began.
 
     Raises:
-        RunFailed: the engine gave up, nothing moves any more, or another run took the output over.
+        RunFailed: the engine gave up, or nothing moves any more.
     """
     pools = (settings.encode, settings.transfer, settings.finish)
     with cluster.connected(settings.ray, pools):
@@ -247,8 +246,6 @@ def _execute(
             writer.join(settings.progress_s)
             now = ray.get(tracker.snapshot.remote())
             say(progress.line(now, len(chosen)))
-            if not still_ours():
-                raise RunFailed("another run took this output over; this one stops")
             if now["stalled_s"] > settings.ray.stall_s:
                 raise RunFailed(_stall(now["stalled_s"], pools))
         if failure:

@@ -3,11 +3,13 @@
 import json
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from pipelines import lock
+from pipelines.cluster import RunFailed
 from pipelines.storage import Storage, StorageUnavailable
 from schemas import UsageError
 
@@ -65,13 +67,19 @@ def test_a_reused_process_id_does_not_look_alive(uri):
         pass
 
 
-def test_a_run_that_slept_notices_that_it_lost_the_lock(uri):
-    with lock.held(Storage(), uri, renew_s=FAST) as still_ours:
-        assert still_ours()
+def test_a_run_that_slept_and_lost_the_lock_stops_wherever_it_waits(uri):
+    began = time.monotonic()
+    with pytest.raises(RunFailed, match="took this output over"), lock.held(Storage(), uri, renew_s=FAST):
         stale(uri)
-        time.sleep(6 * FAST)
-        assert not still_ours()
+        threading.Event().wait(30)
+    assert time.monotonic() - began < 10
     assert Storage().exists(uri)  # it is theirs now
+
+
+def test_an_interrupt_of_the_user_stays_one(uri):
+    with pytest.raises(KeyboardInterrupt), lock.held(Storage(), uri):
+        raise KeyboardInterrupt
+    assert not Storage().exists(uri)
 
 
 def test_a_lock_that_was_cut_off_while_written_is_taken_over(uri):
