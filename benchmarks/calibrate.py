@@ -146,11 +146,15 @@ def main() -> None:
     latents = transfers.prepare(backbone, chosen)
     sampling = Sampling(NANO.steps, NANO.shift, NANO.guidance_scale, cfg="batched")
     record: dict[str, dict[str, float]] = json.loads(arguments.record.read_text()) if arguments.record.exists() else {}
+    tried: dict[str, str] = {}
 
     def trial(method: str, settings: dict[str, Any]) -> dict[str, float]:
         key = json.dumps([arguments.pairs, method, settings], sort_keys=True)
+        made = METHODS[method](preset="nano", **groups(settings)) if method != "none" else METHODS["none"]()
+        if key not in record and (same := tried.get(repr(made))):  # a value that the preset has anyway
+            record[key] = record[same]
+        tried.setdefault(repr(made), key)
         if key not in record:
-            made = METHODS[method](preset="nano", **groups(settings)) if method != "none" else METHODS["none"]()
             outcome = transfers.run(backbone, reader, made, sampling, chosen, latents)
             record[key] = {name: round(float(outcome.column(name).nanmean()), 4) for name in transfers.MEASURES}
             record[key]["seconds"] = round(outcome.seconds / len(chosen), 3)

@@ -86,7 +86,7 @@ def fastvmt(preset: str = "default", *, objective: Group = None, guidance: Group
 def ditflow(preset: str = "default", *, objective: Group = None, guidance: Group = None, start: Group = None) -> Method:
     """DiTFlow (arXiv 2412.07776): AMF over all frame pairs, 5 updates a guided step, each with its own gradient."""
     objectives: dict[str, dict[str, Any]] = {"default": {}, "paper": {"reference": "hard"}, "nano": {"block": 5}}
-    guidances: dict[str, dict[str, Any]] = {}
+    guidances: dict[str, dict[str, Any]] = {"nano": {"learning_rate": (0.012, 0.008)}}
     defaults = {"inner": 5, "interval": 1, "learning_rate": (0.002, 0.001), "decay": "outer"}
     return Method(
         name="ditflow",
