@@ -59,8 +59,8 @@ def main() -> None:
         print(transfers.table(outcomes), flush=True)
     for category in MOTIONS:
         rows = [index for index, pair in enumerate(chosen) if pair.reference.category == category]
-        part = [transfers.Outcome(one.name, [one.rows[row] for row in rows], seconds=0) for one in outcomes]
-        print(f"\n{category}, {len(rows)} pairs\n\n{transfers.table(part)}")
+        part = [transfers.Outcome(one.name, [one.rows[row] for row in rows]) for one in outcomes]
+        print(f"\n{category}, {len(rows)} pairs\n\n{transfers.table(part, costs=False)}")
     if arguments.sheet:
         shown = [
             [render(pair.reference), *(one.clips[row] for one in outcomes[:3])] for row, pair in enumerate(chosen[:12])

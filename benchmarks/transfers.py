@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
@@ -131,34 +131,37 @@ def measure(judge: Judge, pair: Pair, frames: Tensor) -> dict[str, float]:
 
 
 def interval(values: Tensor, draws: int = 10_000) -> tuple[float, float, float]:
-    """Mean and its 95 % bootstrap interval, over what is not nan."""
+    """Mean and its 95 % bootstrap interval, over what is not nan; all nan where nothing is known."""
     known = values[~values.isnan()]
+    if not len(known):
+        return math.nan, math.nan, math.nan
     picked = torch.randint(len(known), (draws, len(known)), generator=torch.Generator().manual_seed(0))
     means = known[picked].mean(1)
     low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
     return float(known.mean()), low, high
 
 
-def table(outcomes: Iterable[Outcome]) -> str:
+def table(outcomes: Sequence[Outcome], costs: bool = True) -> str:
     """Markdown: means, and the differences of motion and centre to the first outcome with their intervals."""
-    outcomes = list(outcomes)
     base = outcomes[0]
-    lines = [
-        f"| method | motion | centre | colour | shape | background | motion - {base.name} | centre - {base.name} "
-        "| evaluations a clip | seconds a clip |",
-        "|" + "---|" * 10,
-    ]
+    heads = ["method", *MEASURES, f"motion - {base.name}", f"centre - {base.name}"]
+    heads += ["evaluations a clip", "seconds a clip"] if costs else []
+    lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     for one in outcomes:
-        means = " | ".join(f"{one.column(name).nanmean():.3f}" for name in MEASURES)
-        gains = " | ".join(
-            "" if one is base else "{:+.3f} [{:+.3f}, {:+.3f}]".format(*interval(one.column(name) - base.column(name)))
-            for name in ("motion", "centre")
-        )
-        number = len(one.rows)
-        lines.append(
-            f"| {one.name} | {means} | {gains} | {one.evaluations / number:.0f} | {one.seconds / number:.2f} |"
-        )
+        cells = [one.name, *(_shown("{:.3f}", float(one.column(name).nanmean())) for name in MEASURES)]
+        cells += ["" if one is base else _gain(one, base, name) for name in ("motion", "centre")]
+        if costs:
+            cells += [f"{one.evaluations / len(one.rows):.0f}", f"{one.seconds / len(one.rows):.2f}"]
+        lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _gain(one: Outcome, base: Outcome, measure: str) -> str:
+    return _shown("{:+.3f} [{:+.3f}, {:+.3f}]", *interval(one.column(measure) - base.column(measure)))
+
+
+def _shown(form: str, *values: float) -> str:
+    return "" if math.isnan(values[0]) else form.format(*values)
 
 
 def sheet(rows: Sequence[Sequence[Tensor]], shown: int = 5, shrink: int = 2) -> Tensor:

@@ -28,7 +28,7 @@ from vmt_core.adapters.settings import FollowYourMotion
 from vmt_core.presets import NANO
 from vmt_core.transfer import Artifact
 from vmt_core.tuning import TorchEngine, Tuning
-from vmt_core.world import appearance, judge, render, sample
+from vmt_core.world import Scene, appearance, judge, render, sample
 
 #: Attention is most of a step of it, as in Wan 1.3B at full length.
 WIDE = {
@@ -116,12 +116,11 @@ def tune(backbone: Backbone, prepared: method.Prepared, settings: FollowYourMoti
 
 
 def ablation(arguments: argparse.Namespace) -> None:
-    """Every variant on the same references, with two prompts each."""
+    """Every variant on the same references and prompts."""
     torch.set_num_threads(arguments.threads)
     reader = judge.cached(arguments.judge)
     backbone = Backbone.load(arguments.model, dtype=torch.float32)
-    chosen = transfers.pairs(2 * arguments.references, NANO, first=2_000)
-    references = chosen[: arguments.references]
+    references = transfers.pairs(arguments.references, NANO, first=2_000)
     pairs = [
         transfers.Pair(one.reference, wanted, seed=one.seed + 100 * turn)
         for one in references
@@ -133,10 +132,13 @@ def ablation(arguments: argparse.Namespace) -> None:
         backbone, reader, METHODS["none"](), sampling, pairs, [latents[id(pair.reference)] for pair in pairs]
     )
     outcomes, leaks = [plain], [leak(reader, plain.clips, pairs)]
-    wanted = arguments.variants.split(",") if arguments.variants else list(variants(FollowYourMotion()))
-    for name in wanted:
-        settings = variants(FollowYourMotion.preset("nano"))[name]
-        outcome = transfers.Outcome(name)
+    preset = FollowYourMotion.preset("nano")
+    shorter = {
+        stage: {"steps": round(getattr(preset, stage).steps * arguments.share)} for stage in ("spatial", "temporal")
+    }
+    known = variants(FollowYourMotion.preset("nano", **shorter))
+    for name in arguments.variants.split(",") if arguments.variants else known:
+        settings, outcome = known[name], transfers.Outcome(name)
         for one in references:
             began = time.perf_counter()
             clip = render(one.reference)
@@ -167,7 +169,7 @@ def leak(reader: judge.Judge, clips: Sequence[Tensor], pairs: Sequence[transfers
     return sum(verdict.background_colour for verdict in verdicts) / len(verdicts)
 
 
-def _wanted(pair: transfers.Pair, prompts: int) -> list:
+def _wanted(pair: transfers.Pair, prompts: int) -> list[Scene]:
     """Scenes of other looks, of the reference's category."""
     others = [pair.wanted]
     seed = 900_000 + 100 * pair.seed
@@ -191,6 +193,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--references", type=int, default=12)
     parser.add_argument("--prompts", type=int, default=2)
+    parser.add_argument("--share", type=float, default=1.0, help="of the steps of preset nano")
     parser.add_argument("--variants", help="which, comma separated; default: all")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--judge", type=Path, default=Path("out/judge.safetensors"), help="trained if it is not there")

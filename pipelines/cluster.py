@@ -47,6 +47,17 @@ def reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[-1] if lines else ''}"
 
 
+def address_of(settings: RaySettings) -> str | None:
+    """Of the cluster to use; None: one of this machine, of its own."""
+    return settings.address or os.environ.get("RAY_ADDRESS")
+
+
+def cpus(settings: RaySettings) -> float:
+    """CPUs that are really there. A Ray of this machine's own is told of more, because the engine wants its share."""
+    offered = float(ray.cluster_resources().get("CPU", 1))
+    return offered if address_of(settings) else min(offered, os.cpu_count() or 1)
+
+
 @contextlib.contextmanager
 def connected(settings: RaySettings, pools: Sequence[StageSettings]) -> Iterator[None]:
     """Ray while the block runs: the cluster at `address` or RAY_ADDRESS, else a local one with enough logical CPUs.
@@ -54,7 +65,7 @@ def connected(settings: RaySettings, pools: Sequence[StageSettings]) -> Iterator
     Raises:
         RunFailed: the cluster does not offer what the pools need.
     """
-    address = settings.address or os.environ.get("RAY_ADDRESS")
+    address = address_of(settings)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     needed = needs(pools)
     on_sigterm = signal.getsignal(signal.SIGTERM)

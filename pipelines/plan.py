@@ -33,7 +33,7 @@ def run(settings: PlanSettings, say: Callable[[str], None] = print) -> dict[str,
     """
     storage = Storage(settings.storage)
     defaults = native(settings.model)
-    methods = _methods(settings, defaults)
+    methods = methods_of(settings, defaults)
     prompts = _prompts(storage, settings.prompts) if settings.prompts else []
     if repeated := [seed for seed, count in Counter(settings.seeds).items() if count > 1]:
         raise UsageError(f"--seeds: {repeated[0]} stands twice")
@@ -138,7 +138,12 @@ def _asked(clip: Clip, prompts: list[str]) -> list[str]:
     return list(dict.fromkeys([*prompts, *own]))
 
 
-def _methods(settings: PlanSettings, defaults: Native) -> list[Method]:
+def methods_of(settings: PlanSettings, defaults: Native) -> list[Method]:
+    """The methods of a plan, one for each combination of swept settings.
+
+    Raises:
+        UsageError: an unknown one, or a setting that it does not have.
+    """
     if unknown := settings.method_settings.keys() - set(settings.methods):
         raise UsageError(f"method_settings: {sorted(unknown)[0]!r} is not among --methods {','.join(settings.methods)}")
     if not settings.methods or len(set(settings.methods)) < len(settings.methods):

@@ -323,8 +323,8 @@ def _train_all(settings: TuneSettings, storage: Storage, chosen: list[AdapterRow
 
 def _room(settings: TuneSettings) -> int:
     """How many trainings fit into the cluster."""
-    offered, each = ray.cluster_resources(), settings.training.workers_per_reference
-    room = offered.get("CPU", 1) / (each * settings.training.cpus_per_worker)
+    each = settings.training.workers_per_reference
+    room = cluster.cpus(settings.ray) / (each * settings.training.cpus_per_worker)
     if uses_gpus(settings):
-        room = min(room, offered.get("GPU", 0) / each)
+        room = min(room, ray.cluster_resources().get("GPU", 0) / each)
     return max(1, int(room))

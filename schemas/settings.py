@@ -190,7 +190,10 @@ class BenchSettings(ModelSettings, MeasuringSettings):
         default=None, description="suite folder: clips with prompts, a folder or a references table"
     )
     prompts: str | None = Field(default=None, description="suite folder: prompts for every clip, as in plan")
-    quick: bool = Field(default=False, description="procedural: 2 clips x 1 prompt a category instead of 10 x 5")
+    quick: bool = Field(
+        default=False,
+        description="for a look: a third of the training steps; procedural: 1 clip x 1 prompt a category, not 10 x 5",
+    )
     methods: CommaStrings = Field(
         default=("none", "ditflow", "fastvmt", "follow_your_motion"), description="methods, comma separated"
     )

@@ -43,3 +43,12 @@ def test_a_ray_of_its_own_needs_no_autoscaler(asked, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with cluster.connected(RaySettings(), POOLS):
         assert asked == []
+
+
+@pytest.mark.parametrize(
+    ("address", "there"), [(None, 2), ("head:6379", 64)], ids=["own: told of more than there is", "cluster"]
+)
+def test_cpus_are_those_that_are_really_there(asked, monkeypatch, address, there):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster.os, "cpu_count", lambda: 2)
+    assert cluster.cpus(RaySettings(address=address)) == there
