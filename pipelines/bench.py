@@ -63,7 +63,7 @@ def run(settings: BenchSettings, say: Callable[[str], None] = print) -> dict[str
     planned = PlanSettings.like(settings, references=table, output=place, skip_bad=True)
     plan.run(shorter(planned) if settings.quick else planned, say)
     tuned = any(METHODS[name]().adapter is not None for name in settings.methods)
-    transfer.run(TransferSettings.like(settings, manifest=place, tune=tuned), say)
+    made = transfer.run(TransferSettings.like(settings, manifest=place, tune=tuned), say)
     measured = EvaluateSettings.like(
         settings,
         run=[settings.output],
@@ -71,8 +71,7 @@ def run(settings: BenchSettings, say: Callable[[str], None] = print) -> dict[str
         device="cuda" if settings.measure.gpus else "cpu",
     )
     summary = evaluate.run(measured, say)
-    about = json.loads(storage.read(join(settings.output, "run", "summary.json")))
-    about["title"] = f"Benchmark: {settings.suite}"
+    about = made | {"title": f"Benchmark: {settings.suite}"}
     lines = tables.compare(evaluate.read(measured, storage), measured.baseline, measured.bootstrap)
     page = evaluate.page(measured, storage, about, settings.output, lines)
     storage.write(join(settings.output, "report.html"), page.encode())

@@ -155,7 +155,9 @@ def page(
                 key = (run, row["sample_id"])
                 values = {name: getattr(metrics[key], name) for name in tables.BETTER if name != "seconds"}
                 shown.append(row | {"metrics": values} | tracks.get(key, {}))
-    shown.sort(key=lambda row: (row["reference_uri"], row["prompt"], row["seed"]))
+    # methods as in the comparison: what others are compared to comes first
+    order = {method: place for place, method in enumerate(dict.fromkeys(line.method for line in lines))}
+    shown.sort(key=lambda row: (row["reference_uri"], row["prompt"], row["seed"], order.get(row["method"], len(order))))
     return report.render(shown, summary, output, lines=lines, place="")
 
 

@@ -36,14 +36,18 @@ def against_seconds(lines: Sequence[Line], metric: str = "motion") -> str:
     if len(shown) < 2:
         return ""
     figure, axes = _figure(4.6, 3.0)
-    for line in shown:
+    for turn, line in enumerate(sorted(shown, key=lambda line: line.cells["seconds"].mean)):
         x, y = line.cells["seconds"].mean, line.cells[metric]
         axes.plot([x, x], [y.low, y.high], color=_INK, linewidth=1.2)
         axes.plot(x, y.mean, "o", color=_INK, markersize=5)
-        axes.annotate(line.label, (x, y.mean), xytext=(6, 4), textcoords="offset points", fontsize=8, color=_INK)
+        # neighbours' names are apart: above and below in turns
+        end, offset, side = (y.low, -4, "top") if turn % 2 else (y.high, 4, "bottom")
+        axes.annotate(
+            line.label, (x, end), (0, offset), textcoords="offset points", fontsize=8, color=_INK, ha="center", va=side
+        )
     axes.set_xlabel("seconds a video")
     axes.set_title(f"{metric.replace('_', ' ')} against time", loc="left", fontsize=9)
-    axes.margins(x=0.25, y=0.15)
+    axes.margins(x=0.25, y=0.2)
     axes.grid(alpha=0.2)
     return _svg(figure)
 

@@ -32,7 +32,7 @@ _SUMS = ("seconds_encode", "seconds_transfer", "seconds_finish")
 
 
 def run(settings: TransferSettings, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Makes the missing videos of a manifest; returns the summary that it also writes to OUT/run/summary.json.
+    """Makes the missing videos of a manifest; returns the summary that it also writes to OUT/run/summary.json, and its adapters for a page.
 
     Args:
         settings: of the job.
@@ -83,8 +83,8 @@ def run(settings: TransferSettings, say: Callable[[str], None] = print) -> dict[
         summary["videos_per_hour"] = round(3600 * summary["made_ok"] / working, 1) if working else 0.0
         storage.write(join(settings.output, "run", "summary.json"), _json(summary))
         page = join(settings.output, "run", "report.html")
-        tuned = {**summary, "adapters": _tuned(settings, storage, selection)}
-        storage.write(page, report.render(_shown(ledger, selection.ids), tuned, settings.output).encode())
+        about = {**summary, "adapters": _tuned(settings, storage, selection)}
+        storage.write(page, report.render(_shown(ledger, selection.ids), about, settings.output).encode())
         shown = [("videos", join(settings.output, "videos")), ("results", ledger.results), ("report", page)]
         say(progress.ending(summary, shown))
         if (summary["made"], summary["left"]) != (len(chosen), left):
@@ -92,7 +92,7 @@ def run(settings: TransferSettings, say: Callable[[str], None] = print) -> dict[
                 f"{len(chosen)} rows were to be made and {left} to be left, but {summary['made']} were made and "
                 f"{summary['left']} are left; the same command makes the missing ones"
             )
-    return summary
+    return about
 
 
 def _with_adapters(
