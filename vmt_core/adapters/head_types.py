@@ -192,21 +192,24 @@ class _watching:
 
 
 def picture(types: HeadTypes, cell: int = 18) -> Image:
-    """A heat map, layers downwards and heads to the right: blue spatial, orange temporal, paler near the border between them."""
+    """A heat map, layers downwards and heads to the right, paler near the border between the two types."""
     from PIL import Image, ImageDraw
 
     scores, spatial = torch.tensor(types.scores), torch.tensor(types.spatial)
     split = (scores[spatial].max() if spatial.any() else scores.min()) / 2
     split = split + (scores[~spatial].min() if (~spatial).any() else scores.max()) / 2
     strength = ((scores - split).abs() / (scores - split).abs().max().clamp(min=1e-9)).sqrt()
-    left, top = 3 * cell, 2 * cell
-    image = Image.new("RGB", (left + types.heads * cell + cell, top + types.layers * cell + cell), "white")
+    blue, orange = (38, 99, 190), (224, 117, 20)
+    words = [(f"heads 0..{types.heads - 1}", "black"), ("spatial", blue), ("temporal", orange)]
+    left, top = 2 * cell, (len(words) + 1) * cell
+    image = Image.new("RGB", (left + max(types.heads, 4) * cell + cell, top + types.layers * cell + cell), "white")
     draw = ImageDraw.Draw(image)
-    draw.text((left, cell // 3), f"heads 0..{types.heads - 1}   blue: spatial   orange: temporal", fill="black")
+    for line, (word, ink) in enumerate(words):
+        draw.text((left, line * cell + cell // 2), word, fill=ink)
     for layer in range(types.layers):
         draw.text((cell // 2, top + layer * cell + 3), str(layer), fill="black")
         for head in range(types.heads):
-            full = torch.tensor((38.0, 99.0, 190.0) if spatial[layer, head] else (224.0, 117.0, 20.0))
+            full = torch.tensor(blue if spatial[layer, head] else orange)
             colour = 255 - (255 - full) * (0.15 + 0.85 * strength[layer, head])
             x, y = left + head * cell, top + layer * cell
             draw.rectangle((x, y, x + cell - 2, y + cell - 2), fill=tuple(int(value) for value in colour))

@@ -106,7 +106,7 @@ def test_groups_part_the_heads():
 def test_the_picture_shows_both_kinds():
     types = HeadTypes(rule="median", scores=[[2.0, -1.0]], spatial=[[False, True]])
     image = picture(types, cell=20)
-    temporal, spatial = image.getpixel((65, 45)), image.getpixel((85, 45))
+    temporal, spatial = image.getpixel((45, 85)), image.getpixel((65, 85))
     assert temporal[0] > temporal[2] and spatial[2] > spatial[0]
-    ((left, *_),) = [picture(HeadTypes(rule="x", scores=[[1.0]], spatial=[[True]]), cell=20).getpixel((65, 45))]
+    ((left, *_),) = [picture(HeadTypes(rule="x", scores=[[1.0]], spatial=[[True]]), cell=20).getpixel((45, 85))]
     assert left < 255  # a single kind has no border, and a picture none the less
