@@ -16,11 +16,11 @@ venv: .venv/ready
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-# 4 clips of the procedural world x 2 prompts x 3 methods = 24 videos on the embedded model, then a page to look at.
+# 4 clips of one moving thing x 2 prompts x 3 methods = 24 videos on the embedded model, then a page to look at.
 demo: venv
-	$(BIN)/python jobs/synthesize.py --count 4 --split test --output $(DEMO)/world
+	$(BIN)/python jobs/synthesize.py --count 4 --split test --categories single --output $(DEMO)/world
 	printf '%s\n' 'a yellow star on a plain navy background' \
-	    'a red circle and a white square on a plain teal background' > $(DEMO)/prompts.txt
+	    'a red circle on a striped olive background' > $(DEMO)/prompts.txt
 	$(BIN)/python jobs/plan.py --references $(DEMO)/world --prompts $(DEMO)/prompts.txt \
 	    --methods none,fastvmt,ditflow --seeds 0 --output $(DEMO)/manifest
 	$(BIN)/python jobs/transfer.py --manifest $(DEMO)/manifest --output $(DEMO)/transfer \
