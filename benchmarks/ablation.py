@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="wan-nano")
     parser.add_argument("--pairs", type=int, default=48)
+    parser.add_argument("--categories", default=",".join(MOTIONS), help="of the references, comma separated, in turn")
     parser.add_argument("--variants", help="which, comma separated; default: all")
     parser.add_argument("--batch", type=int, default=8, help="rows that are denoised together")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -47,7 +48,8 @@ def main() -> None:
     reader = judge.cached(arguments.judge)
     print(f"judge on real clips: {judge.accuracy(reader, clips=100)}", flush=True)
     backbone = Backbone.load(arguments.model)
-    chosen = transfers.pairs(arguments.pairs, NANO)
+    categories = arguments.categories.split(",")
+    chosen = transfers.pairs(arguments.pairs, NANO, categories=categories)
     latents = transfers.prepare(backbone, chosen)
     sampling = Sampling(NANO.steps, NANO.shift, NANO.guidance_scale, cfg="batched")
     outcomes, known = [], variants(NANO.width // 16)
@@ -57,7 +59,7 @@ def main() -> None:
             transfers.run(backbone, reader, method, sampling, chosen, latents, name=name, batch=arguments.batch)
         )
         print(transfers.table(outcomes), flush=True)
-    for category in MOTIONS:
+    for category in categories if len(categories) > 1 else ():
         rows = [index for index, pair in enumerate(chosen) if pair.reference.category == category]
         part = [transfers.Outcome(one.name, [one.rows[row] for row in rows]) for one in outcomes]
         print(f"\n{category}, {len(rows)} pairs\n\n{transfers.table(part, costs=False)}")
