@@ -48,6 +48,7 @@ def main() -> None:
     reader = judge.cached(arguments.judge)
     print(f"judge on real clips: {judge.accuracy(reader, clips=100)}", flush=True)
     backbone = Backbone.load(arguments.model)
+    backbone.checkpoint_policy = NANO.checkpoint
     categories = arguments.categories.split(",")
     chosen = transfers.pairs(arguments.pairs, NANO, categories=categories)
     latents = transfers.prepare(backbone, chosen)

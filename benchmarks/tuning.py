@@ -60,7 +60,9 @@ def steps(arguments: argparse.Namespace) -> None:
     config = WAN_1_3B if arguments.model == "1.3b-random" else WIDE
     with torch.device("meta"):
         transformer = WanTransformer3DModel(**config)
-    transformer = transformer.to_empty(device=device).to(dtype)
+    transformer = transformer.to_empty(device=device)
+    if dtype != torch.float32:
+        transformer = transformer.to(dtype)
     torch.manual_seed(0)
     for weight in transformer.parameters():
         torch.nn.init.normal_(weight, std=0.02)
@@ -72,7 +74,7 @@ def steps(arguments: argparse.Namespace) -> None:
     prepared = method.Prepared(whole, whole.transpose(0, 1), whole[:, :2], text, text[:1])
     types = method.head_types(backbone, prepared, FollowYourMotion())
     seconds: dict[str, list[float]] = {"dense": [], "sparse": []}
-    peaks: dict[str, float] = {}
+    peaks: dict[str, str] = {}
     for name, sparse in (("dense", "off"), ("sparse", "latent")):
         settings = FollowYourMotion(sparse=sparse, temporal={"steps": 10**6, "validate_every": 10**6})
         if "temporal" in getattr(transformer, "peft_config", {}):
@@ -88,12 +90,12 @@ def steps(arguments: argparse.Namespace) -> None:
                 torch.cuda.synchronize()
             if number:
                 seconds[name].append(time.perf_counter() - began)
-        peaks[name] = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else float("nan")
+        peaks[name] = f"{torch.cuda.max_memory_allocated() / 2**30:.2f}" if device.type == "cuda" else ""
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     print(f"{arguments.frames}x{arguments.height}x{arguments.width}, {frames * height * width // 4:,} tokens, {device}")
     print("| frames of a step | seconds | peak memory, GiB |\n|---|---|---|")
     for name, value in medians.items():
-        print(f"| {name} | {value:.3f} | {peaks[name]:.2f} |")
+        print(f"| {name} | {value:.3f} | {peaks[name]} |")
     print(f"dense : sparse = {medians['dense'] / medians['sparse']:.2f}")
 
 
@@ -120,6 +122,7 @@ def ablation(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(arguments.threads)
     reader = judge.cached(arguments.judge)
     backbone = Backbone.load(arguments.model, dtype=torch.float32)
+    backbone.checkpoint_policy = NANO.checkpoint
     references = transfers.pairs(arguments.references, NANO, first=2_000)
     pairs = [
         transfers.Pair(one.reference, wanted, seed=one.seed + 100 * turn)

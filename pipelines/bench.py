@@ -81,14 +81,14 @@ def run(settings: BenchSettings, say: Callable[[str], None] = print) -> dict[str
 
 
 def shorter(settings: PlanSettings) -> PlanSettings:
-    """The plan with a third of the training steps, where they are not said."""
+    """The plan with a quarter of the training steps, where they are not said."""
     changed = deepcopy(settings.method_settings)
     for method in plan.methods_of(settings, native(settings.model)):
         if method.adapter is not None:
             tuning = changed.setdefault(method.name, {}).setdefault("adapter", {}).setdefault("tuning", {})
             for stage in ("spatial", "temporal"):
                 steps: int = getattr(method.adapter.tuning, stage).steps
-                tuning.setdefault(stage, {}).setdefault("steps", -(-steps // 3))
+                tuning.setdefault(stage, {}).setdefault("steps", -(-steps // 4))
     return settings.model_copy(update={"method_settings": changed})
 
 

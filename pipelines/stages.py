@@ -28,6 +28,7 @@ from vmt_core.adapters import files
 from vmt_core.adapters.masked_lora import Weights
 from vmt_core.backbone.wan import Backbone
 from vmt_core.methods import build
+from vmt_core.presets import native
 from vmt_core.transfer import Artifact, MotionTransfer, Sampling
 
 V = TypeVar("V")
@@ -152,7 +153,8 @@ class Transfer(Stage):
     def work(self, rows: list[Row], *, smaller: bool) -> list[Outcome]:
         first, options = rows[0], self.settings.transfer
         backbone = self.backbones.get(first["dtype"], lambda: self._load(first["dtype"]))
-        backbone.checkpoint_policy = "full" if smaller else options.checkpoint
+        usual = options.checkpoint or native(self.settings.model).checkpoint
+        backbone.checkpoint_policy = "full" if smaller else usual
         sampling = Sampling(
             first["steps"], first["shift"], first["guidance_scale"], cfg="two_pass" if smaller else options.cfg
         )

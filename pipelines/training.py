@@ -129,7 +129,7 @@ def _train(settings: TuneSettings, row: AdapterRow, folder: str, gpus: bool) -> 
             backbone = Backbone.load(
                 model, parts=("transformer",), device=device, dtype=dtype
             )  # engines leave hooks behind
-            backbone.checkpoint_policy = settings.training.checkpoint
+            backbone.checkpoint_policy = settings.training.checkpoint or native(settings.model).checkpoint
             if progress.types is None:
                 progress.types = distributed.from_first(method.head_types(backbone, prepared, tuning))
             task = method.begin(backbone, stage, prepared, progress.types, tuning, progress.done)

@@ -80,9 +80,10 @@ class DenoiseSettings(StageSettings):
     """Resources of the pool that runs the diffusion transformer, and how it runs it."""
 
     batch_rows: PositiveInt = Field(default=4, description="rows of one size and method that are denoised together")
-    checkpoint: Literal["none", "selective", "full"] = Field(
-        default="selective",
-        description="what guidance recomputes in its backward pass: nothing, all but attention, everything",
+    checkpoint: Literal["none", "selective", "full"] | None = Field(
+        default=None,
+        description="what guidance recomputes in its backward pass: nothing, all but attention, everything; "
+        "empty: selective, for wan-nano none",
     )
     cfg: Literal["two_pass", "batched"] = Field(
         default="two_pass", description="classifier-free guidance: two forwards, or one of twice the batch"
@@ -135,8 +136,10 @@ class TrainingSettings(Section):
     )
     attempts: PositiveInt = Field(default=3, description="times that a training whose worker dies is begun")
     deepspeed: DeepSpeedSettings = DeepSpeedSettings()
-    checkpoint: Literal["none", "selective", "full"] = Field(
-        default="selective", description="what the backward pass recomputes: nothing, all but attention, everything"
+    checkpoint: Literal["none", "selective", "full"] | None = Field(
+        default=None,
+        description="what the backward pass recomputes: nothing, all but attention, everything; "
+        "empty: selective, for wan-nano none",
     )
     export: CommaExports = Field(default=(), description="other formats beside diffusers': comfyui, merged")
     checkpoint_seconds: PositiveFloat = Field(default=120, description="seconds between checkpoints of a training")

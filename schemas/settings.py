@@ -192,7 +192,7 @@ class BenchSettings(ModelSettings, MeasuringSettings):
     prompts: str | None = Field(default=None, description="suite folder: prompts for every clip, as in plan")
     quick: bool = Field(
         default=False,
-        description="for a look: a third of the training steps; procedural: 1 clip x 1 prompt a category, not 10 x 5",
+        description="for a look: a quarter of the training steps; procedural: 1 clip x 1 prompt a category, not 10 x 5",
     )
     methods: CommaStrings = Field(
         default=("none", "ditflow", "fastvmt", "follow_your_motion"), description="methods, comma separated"
@@ -205,7 +205,7 @@ class BenchSettings(ModelSettings, MeasuringSettings):
     steps: PositiveInt | None = Field(default=None, description="denoising steps; empty: the model's own")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where a stage has GPUs")
     encode: StageSettings = StageSettings()
-    transfer: DenoiseSettings = DenoiseSettings()
+    transfer: DenoiseSettings = DenoiseSettings(max_actors=2)
     finish: StageSettings = StageSettings()
     training: TrainingSettings = TrainingSettings()
     measure: StageSettings = StageSettings(actors=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 from vmt_core.backbone import nano
 from vmt_core.precision import fast_dtype
@@ -21,9 +22,21 @@ class Native:
     guidance_scale: float
     preset: str  # of the methods
     dtype: str  # of the transformer
+    checkpoint: Literal["none", "selective", "full"]  # what backward passes recompute
 
 
-WAN = Native(480, 832, 81, 16.0, steps=50, shift=5.0, guidance_scale=5.0, preset="default", dtype="bfloat16")
+WAN = Native(
+    480,
+    832,
+    81,
+    16.0,
+    steps=50,
+    shift=5.0,
+    guidance_scale=5.0,
+    preset="default",
+    dtype="bfloat16",
+    checkpoint="selective",
+)
 #: Runs on the CPU that it is planned on.
 NANO = Native(
     192,
@@ -35,6 +48,7 @@ NANO = Native(
     guidance_scale=4.0,
     preset="nano",
     dtype=str(fast_dtype()).removeprefix("torch."),
+    checkpoint="none",
 )
 
 

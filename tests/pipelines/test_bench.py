@@ -20,15 +20,15 @@ def steps(settings):
     return tuned.spatial.steps, tuned.temporal.steps, tuned.rank
 
 
-def test_quick_tunes_for_a_third_of_the_preset_s_steps():
+def test_quick_tunes_for_a_quarter_of_the_preset_s_steps():
     spatial, temporal, rank = steps(planned())
-    assert steps(bench.shorter(planned())) == (-(-spatial // 3), -(-temporal // 3), rank)
+    assert steps(bench.shorter(planned())) == (-(-spatial // 4), -(-temporal // 4), rank)
 
 
 def test_quick_keeps_what_was_asked_for():
     asked = planned(method_settings={"follow_your_motion": TUNED})
     spatial, *_ = steps(planned())
-    assert steps(bench.shorter(asked)) == (-(-spatial // 3), 7, 4)
+    assert steps(bench.shorter(asked)) == (-(-spatial // 4), 7, 4)
     assert asked.method_settings == {"follow_your_motion": TUNED} and "spatial" not in TUNED["adapter"]["tuning"]
 
 

@@ -200,11 +200,11 @@ def picture(types: HeadTypes, cell: int = 18) -> Image:
     split = split + (scores[~spatial].min() if (~spatial).any() else scores.max()) / 2
     strength = ((scores - split).abs() / (scores - split).abs().max().clamp(min=1e-9)).sqrt()
     blue, orange = (38, 99, 190), (224, 117, 20)
-    words = [(f"heads 0..{types.heads - 1}", "black"), ("spatial", blue), ("temporal", orange)]
+    words = {f"heads 0..{types.heads - 1}": (0, 0, 0), "spatial": blue, "temporal": orange}
     left, top = 2 * cell, (len(words) + 1) * cell
     image = Image.new("RGB", (left + max(types.heads, 4) * cell + cell, top + types.layers * cell + cell), "white")
     draw = ImageDraw.Draw(image)
-    for line, (word, ink) in enumerate(words):
+    for line, (word, ink) in enumerate(words.items()):
         draw.text((left, line * cell + cell // 2), word, fill=ink)
     for layer in range(types.layers):
         draw.text((cell // 2, top + layer * cell + 3), str(layer), fill="black")
