@@ -30,6 +30,7 @@ from schemas import (
 )
 from vmt_core.methods import METHODS
 from vmt_core.presets import native
+from vmt_core.world import MOTIONS
 
 #: Settings that decide the references.
 _SUITE = ("suite", "clips", "quick", "height", "width", "frames", "fps")
@@ -93,13 +94,15 @@ def shorter(settings: PlanSettings) -> PlanSettings:
 
 
 def procedural(settings: BenchSettings, say: Callable[[str], None]) -> list[Reference]:
-    """The procedural MotionBench: 4 categories x 10 clips x 5 prompts from the world's test split; `quick`: x 1 x 1."""
-    clips, prompts = (1, 1) if settings.quick else (10, 5)
+    """The procedural MotionBench from the world's test split: 4 categories x 10 clips x 5 prompts; `quick`: 2 x 1 x 2."""
+    categories = ("single", "articulated") if settings.quick else tuple(MOTIONS)
+    clips, prompts = (1, 2) if settings.quick else (10, 5)
     defaults = native(settings.model)
     world = SynthesizeSettings.like(
         settings,
-        count=4 * clips,
+        count=len(categories) * clips,
         split="test",
+        categories=categories,
         output=join(settings.output, "world"),
         height=settings.height or defaults.height,
         width=settings.width or defaults.width,

@@ -120,9 +120,13 @@ def _native_stderr_closed() -> Iterator[None]:
 
 
 def quiet_data() -> DataContext:
-    """This driver's Ray Data settings, with its bars and its story (which stays in Ray's log files) off the terminal."""
+    """This driver's Ray Data settings, with its bars and its story (which stays in Ray's log files) off the terminal.
+
+    Without the checkpoint of another step of the same driver.
+    """
     context = DataContext.get_current()
     context.enable_progress_bars = False
+    context.checkpoint_config = None
     for handler in logging.getLogger("ray.data").handlers:
         if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
             handler.setLevel(logging.ERROR)

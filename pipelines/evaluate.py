@@ -249,7 +249,9 @@ def _measure(
     """
     with cluster.connected(settings.ray, (settings.measure,)):
         context = cluster.quiet_data()
-        context.execution_no_progress_timeout_s = settings.rows_per_block * settings.limits.row_seconds
+        actors = min(settings.measure.actors, missing)
+        a_block = min(settings.rows_per_block, -(-missing // actors))  # few rows are shared by all actors, too
+        context.execution_no_progress_timeout_s = a_block * settings.limits.row_seconds
         tracker = tracker_of_run()
         ended, failed, began, told = 0, 0, time.monotonic(), time.monotonic()
         try:
@@ -260,13 +262,13 @@ def _measure(
                 folders = Partitioning("hive", base_dir=storage.arrow(join(output, "results"))[1])
                 data = (
                     ray.data.read_parquet(paths, filesystem=filesystem, columns=[*COLUMNS], partitioning=folders)
-                    .repartition(target_num_rows_per_block=settings.rows_per_block)
+                    .repartition(target_num_rows_per_block=a_block)
                     .map_batches(
                         Measure,
                         fn_constructor_args=(settings, output, frozenset(done[output]), tracker),
-                        batch_size=settings.rows_per_block,
+                        batch_size=a_block,
                         batch_format="pyarrow",
-                        compute=ActorPoolStrategy(size=settings.measure.actors),
+                        compute=ActorPoolStrategy(size=actors),
                         num_cpus=settings.measure.cpus,
                         num_gpus=settings.measure.gpus,
                     )

@@ -192,7 +192,7 @@ class BenchSettings(ModelSettings, MeasuringSettings):
     prompts: str | None = Field(default=None, description="suite folder: prompts for every clip, as in plan")
     quick: bool = Field(
         default=False,
-        description="for a look: a quarter of the training steps; procedural: 1 clip x 1 prompt a category, not 10 x 5",
+        description="for a look: a quarter of the training steps; procedural: a clip x 2 prompts of two categories, not 10 x 5 of four",
     )
     methods: CommaStrings = Field(
         default=("none", "ditflow", "fastvmt", "follow_your_motion"), description="methods, comma separated"

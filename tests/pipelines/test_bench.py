@@ -37,9 +37,9 @@ def test_quick_says_what_is_wrong_as_plan_does():
         bench.shorter(planned(preset="nothing"))
 
 
-def test_the_quick_procedural_suite_is_a_clip_and_a_prompt_of_each_category(tmp_path, monkeypatch):
+def test_the_quick_procedural_suite_is_a_clip_and_two_prompts_of_two_categories(tmp_path, monkeypatch):
     monkeypatch.setattr(bench.synthesize, "run", lambda *_: None)  # the clips themselves are not looked at
     settings = BenchSettings(quick=True, output=str(tmp_path), height=32, width=32, frames=5, fps=6)
     clips = bench.procedural(settings, say=lambda _: None)
-    assert sorted(clip.category for clip in clips) == ["articulated", "camera", "multiple", "single"]
-    assert all(len(clip.prompts.splitlines()) == 1 for clip in clips)
+    assert sorted(clip.category for clip in clips) == ["articulated", "single"]
+    assert all(len(clip.prompts.splitlines()) == 2 for clip in clips)
