@@ -1,6 +1,7 @@
 """What a run asks of its cluster."""
 
 import pytest
+from ray.data.checkpoint import CheckpointConfig
 
 from pipelines import cluster
 from schemas import RaySettings, StageSettings
@@ -52,3 +53,9 @@ def test_cpus_are_those_that_are_really_there(asked, monkeypatch, address, there
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(cluster.os, "cpu_count", lambda: 2)
     assert cluster.cpus(RaySettings(address=address)) == there
+
+
+def test_a_step_does_not_take_over_the_checkpoint_of_the_one_before(tmp_path):
+    context = cluster.DataContext.get_current()
+    context.checkpoint_config = CheckpointConfig(id_column="sample_id", checkpoint_path=str(tmp_path))
+    assert cluster.quiet_data().checkpoint_config is None
