@@ -2,6 +2,7 @@
 
 import base64
 import csv
+import hashlib
 import json
 import os
 import shutil
@@ -12,8 +13,9 @@ import torch
 from safetensors.torch import save_file
 
 from pipelines import measure
-from schemas import EvaluateSettings, MetricRow
+from schemas import EvaluateSettings, LimitSettings, MetricRow
 from support import jobs
+from vmt_core import video
 
 
 @pytest.fixture(scope="module")
@@ -89,24 +91,19 @@ def test_a_run_without_results_is_refused(tmp_path):
 
 
 KILLER = """
+import hashlib
 import os
 import torch
 
 class CoTrackerPredictor(torch.nn.Module):
-    # The second clip that is ever seen takes its process down, every time.
+    # One video takes its process down, every time.
 
     def __init__(self, checkpoint, window_len):
         super().__init__()
         self.model = torch.nn.Linear(1, 1, bias=False)
 
     def forward(self, video, grid_size):
-        clip, known = str(hash(video.numpy().tobytes())), os.environ["VMT_TEST_LOG"]
-        seen = open(known).read().split() if os.path.exists(known) else []
-        if clip not in seen:
-            with open(known, "a") as file:
-                file.write(clip + chr(10))
-            seen.append(clip)
-        if seen.index(clip) == 1:
+        if hashlib.sha256(video.byte().numpy().tobytes()).hexdigest() == os.environ["VMT_TEST_DEADLY"]:
             os._exit(1)
         return torch.zeros(1, video.shape[1], grid_size**2, 2), None
 """
@@ -117,12 +114,16 @@ def test_a_video_that_takes_its_worker_down_is_counted_and_the_rest_goes_on(run,
     (tmp_path / "code" / "cotracker" / "predictor.py").write_text(KILLER)
     save_file({"weight": torch.zeros(1, 1)}, tmp_path / "weights.safetensors")
     path = os.pathsep.join([str(jobs.ROOT), str(tmp_path / "code")])
+    deadly, *_ = sorted((run / "videos" / "method=fastvmt").glob("*.mp4"))  # those of `none` are all the same
+    frames = video.read(deadly, height=64, width=64, frames=9, fps=video.probe(deadly, LimitSettings()).fps)
     code, text = jobs.run(
         "evaluate", "--run", run, "--output", tmp_path / "eval", "--measure.actors", 1,
         "--cotracker", tmp_path / "weights.safetensors", "--rows-per-block", 2,
-        env={"PYTHONPATH": path, "PYTHONHASHSEED": "0", "VMT_TEST_LOG": str(tmp_path / "seen")},
+        env={"PYTHONPATH": path, "VMT_TEST_DEADLY": hashlib.sha256(frames.numpy().tobytes()).hexdigest()},
     )  # fmt: skip
     assert code == 3, text
     found = rows(tmp_path / "eval", cotracker=str(tmp_path / "weights.safetensors"))
-    assert sorted(str(row.error_code) for row in found) == ["None", "None", "None", "crashed"]
+    codes = {row.sample_id: row.error_code for row in found}
+    assert codes.pop(deadly.stem) == "crashed"
+    assert len(codes) == 3 and set(codes.values()) == {None}
     assert "1 without metrics" in text and "crashed" in text
