@@ -37,12 +37,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="wan-nano")
     parser.add_argument("--pairs", type=int, default=48)
+    parser.add_argument("--first", type=int, default=0, help="pairs that are left out at the beginning")
+    parser.add_argument("--record", type=Path, help="JSONL of what was measured; a second run goes on from there")
     parser.add_argument("--categories", default=",".join(MOTIONS), help="of the references, comma separated, in turn")
     parser.add_argument("--variants", help="which, comma separated; default: all")
     parser.add_argument("--batch", type=int, default=8, help="rows that are denoised together")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--judge", type=Path, default=Path("out/judge.safetensors"), help="trained if it is not there")
-    parser.add_argument("--sheet", type=Path, help="PNG: reference, plain sampling and both methods side by side")
+    parser.add_argument("--sheet", type=Path, help="PNG: the last pairs, the reference beside the first three variants")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     reader = judge.cached(arguments.judge)
@@ -50,25 +52,28 @@ def main() -> None:
     backbone = Backbone.load(arguments.model)
     backbone.checkpoint_policy = NANO.checkpoint
     categories = arguments.categories.split(",")
-    chosen = transfers.pairs(arguments.pairs, NANO, categories=categories)
-    latents = transfers.prepare(backbone, chosen)
+    chosen = transfers.pairs(arguments.pairs, NANO, arguments.first, categories)
     sampling = Sampling(NANO.steps, NANO.shift, NANO.guidance_scale, cfg="batched")
-    outcomes, known = [], variants(NANO.width // 16)
-    for name in arguments.variants.split(",") if arguments.variants else known:
-        method = known[name]
-        outcomes.append(
-            transfers.run(backbone, reader, method, sampling, chosen, latents, name=name, batch=arguments.batch)
-        )
-        print(transfers.table(outcomes), flush=True)
+    known, record = variants(NANO.width // 16), transfers.Record(arguments.record)
+    outcomes = [transfers.Outcome(name) for name in (arguments.variants.split(",") if arguments.variants else known)]
+    for start in range(0, len(chosen), arguments.batch):
+        part = chosen[start : start + arguments.batch]
+        latents = transfers.prepare(backbone, part)
+        for one in outcomes:
+            made = record.get(one.name, part[0].seed)
+            if made is None:
+                made = transfers.run(backbone, reader, known[one.name], sampling, part, latents, name=one.name)
+                record.put(part[0].seed, made)
+            one.add(made)
+        clips = [[render(pair.reference) for pair in part], *(one.clips[-len(part) :] for one in outcomes[:3])]
+        if arguments.sheet and all(map(len, clips)):  # those of a record are gone
+            lines = transfers.sheet(list(zip(*clips, strict=True)))
+            Image.fromarray(lines.permute(1, 2, 0).numpy()).save(arguments.sheet)
+        print(f"\n{start + len(part)} pairs\n\n{transfers.table(outcomes)}", flush=True)
     for category in categories if len(categories) > 1 else ():
         rows = [index for index, pair in enumerate(chosen) if pair.reference.category == category]
-        part = [transfers.Outcome(one.name, [one.rows[row] for row in rows]) for one in outcomes]
-        print(f"\n{category}, {len(rows)} pairs\n\n{transfers.table(part, costs=False)}")
-    if arguments.sheet:
-        shown = [
-            [render(pair.reference), *(one.clips[row] for one in outcomes[:3])] for row, pair in enumerate(chosen[:12])
-        ]
-        Image.fromarray(transfers.sheet(shown).permute(1, 2, 0).numpy()).save(arguments.sheet)
+        some = [transfers.Outcome(one.name, [one.rows[row] for row in rows]) for one in outcomes]
+        print(f"\n{category}, {len(rows)} pairs\n\n{transfers.table(some, costs=False)}")
 
 
 if __name__ == "__main__":

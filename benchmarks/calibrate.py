@@ -29,7 +29,7 @@ from vmt_core.backbone.geometry import Geometry
 from vmt_core.backbone.sampler import noise, noised
 from vmt_core.motion.amf import WindowedAMF
 from vmt_core.presets import NANO
-from vmt_core.world import Scene, judge, render, sample, tracks
+from vmt_core.world import MOTIONS, Scene, judge, render, sample, tracks
 
 _FIRST = 5_000  # pairs of other seeds than those of the ablation
 
@@ -50,7 +50,7 @@ GRIDS: dict[str, dict[str, list[Any]]] = {
     "ditflow": {
         "objective.temperature": [2.0, 4.0],
         "guidance.span": [0.2, 0.4, 0.6],
-        "guidance.learning_rate": [(0.002, 0.001), (0.006, 0.004), (0.012, 0.008)],
+        "guidance.learning_rate": [(0.002, 0.001), (0.006, 0.004), (0.012, 0.008), (0.024, 0.016)],
     },
 }
 
@@ -132,6 +132,7 @@ def main() -> None:
     parser.add_argument("--settings", help="which of its settings, comma separated; default: all")
     parser.add_argument("--model", default="wan-nano")
     parser.add_argument("--pairs", type=int, default=16)
+    parser.add_argument("--categories", default=",".join(MOTIONS), help="of the references, comma separated, in turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--judge", type=Path, default=Path("out/judge.safetensors"), help="trained if it is not there")
     parser.add_argument("--record", type=Path, default=Path("benchmarks/calibration.json"))
@@ -143,14 +144,16 @@ def main() -> None:
         reading(backbone, arguments.clips)
         return
     reader = judge.cached(arguments.judge)
-    chosen = transfers.pairs(arguments.pairs, NANO, first=_FIRST)
+    categories = arguments.categories.split(",")
+    chosen = transfers.pairs(arguments.pairs, NANO, _FIRST, categories)
+    these = arguments.pairs if categories == list(MOTIONS) else f"{arguments.pairs} of {arguments.categories}"
     latents = transfers.prepare(backbone, chosen)
     sampling = Sampling(NANO.steps, NANO.shift, NANO.guidance_scale, cfg="batched")
     record: dict[str, dict[str, float]] = json.loads(arguments.record.read_text()) if arguments.record.exists() else {}
     tried: dict[str, str] = {}
 
     def trial(method: str, settings: dict[str, Any]) -> dict[str, float]:
-        key = json.dumps([arguments.pairs, method, settings], sort_keys=True)
+        key = json.dumps([these, method, settings], sort_keys=True)
         made = METHODS[method](preset="nano", **groups(settings)) if method != "none" else METHODS["none"]()
         if key not in record and (same := tried.get(repr(made))):  # a value that the preset has anyway
             record[key] = record[same]

@@ -2,16 +2,19 @@
 
 A reference is a procedural clip, so its motion is known exactly; a prompt describes another clip of the same category, of other
 colours and background. `motion` is motion agreement (`vmt_core.metrics.motion.aligned`) of the reference's exact tracks with tracks
-of the generated clip, `centre` the correlation of the paths of the objects' centres, the rest what the judge reads in the generated clip.
+of the generated clip, `centre` the correlation of the paths of the objects' centres, the rest what the judge reads in the generated clip:
+shares of objects and backgrounds as the prompt has them, and in `leak` of backgrounds in the reference's colour.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import count
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,7 +27,7 @@ from vmt_core.transfer import Artifact
 from vmt_core.world import MOTIONS, Scene, appearance, render, sample, tracks
 from vmt_core.world.judge import Judge, centre_path, verdicts
 
-MEASURES = ("motion", "centre", "colour", "shape", "background")
+MEASURES = ("motion", "centre", "colour", "shape", "background", "leak")
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,31 @@ class Outcome:
 
     def column(self, measure: str) -> Tensor:
         return torch.tensor([row[measure] for row in self.rows], dtype=torch.float64)
+
+    def add(self, other: Outcome) -> None:
+        """Appends what the same method made of further pairs."""
+        self.rows += other.rows
+        self.clips += other.clips
+        self.seconds += other.seconds
+        self.evaluations += other.evaluations
+
+
+class Record:
+    """Outcomes of parts of the work as lines of JSON, without their clips: what is there is not made again."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        lines = path.read_text().splitlines() if path and path.exists() else []
+        self._known = {(line["name"], line["part"]): Outcome(**line["outcome"]) for line in map(json.loads, lines)}
+
+    def get(self, name: str, part: int) -> Outcome | None:
+        return self._known.get((name, part))
+
+    def put(self, part: int, outcome: Outcome) -> None:
+        if self.path is not None:
+            kept = asdict(replace(outcome, clips=[]))
+            with self.path.open("a") as file:
+                file.write(json.dumps({"name": outcome.name, "part": part, "outcome": kept}) + "\n")
 
 
 def pairs(number: int, size: Native, first: int = 0, categories: Sequence[str] = tuple(MOTIONS)) -> list[Pair]:
@@ -120,13 +148,14 @@ def measure(judge: Judge, pair: Pair, frames: Tensor) -> dict[str, float]:
     agreement = aligned(of_world(tracks(reference, points)), flow_tracks(frames, points), reference.width)
     paths = (centre_path(render(reference)), centre_path(frames))
     centre = trajectory_correlation(*paths) if len(reference.bodies) == 1 else math.nan
-    (verdict,) = verdicts(judge, [frames], [pair.wanted])
+    verdict, leaked = verdicts(judge, [frames] * 2, [pair.wanted, pair.reference])
     return {
         "motion": agreement,
         "centre": centre,
         "colour": verdict.colour,
         "shape": verdict.shape,
         "background": verdict.background,
+        "leak": leaked.background_colour,
     }
 
 
