@@ -20,8 +20,7 @@ import torch
 from pydantic import ValidationError
 
 from pipelines import models
-from pipelines.stage import out_of_memory
-from pipelines.stages import Cache
+from pipelines.stage import Cache, out_of_memory
 from pipelines.storage import Storage, StorageUnavailable, describe, join
 from pipelines.tracker import Guard
 from schemas import EvaluateSettings, MeasuringSettings, MetricRow, RowError

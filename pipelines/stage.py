@@ -10,8 +10,10 @@ import os
 import sys
 import time
 from abc import ABC, abstractmethod
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
 from datetime import UTC, datetime
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Generic, Literal, TypeVar
 
 import pyarrow as pa
 import ray
@@ -21,6 +23,7 @@ from pipelines.storage import Storage, StorageUnavailable, describe
 from pipelines.tracker import Watchdog
 from schemas import ErrorCode, ResultRow, RowError, StageSettings, TransferSettings
 
+V = TypeVar("V")
 Row = dict[str, Any]
 Outcome = Row | RowError  # columns to set, or why the row failed
 
@@ -194,6 +197,23 @@ class LastStage(Stage):
             )
         ray.get(self.tracker.finished.remote([row["error_code"] and str(row["error_code"]) for row in results]))
         return pa.Table.from_pylist(results, schema=ResultRow.arrow_schema())
+
+
+class Cache(Generic[V]):
+    """The last `most` values by key."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._values: OrderedDict[Hashable, V] = OrderedDict()
+
+    def get(self, key: Hashable, make: Callable[[], V]) -> V:
+        """The value of a key, made if it is not there; what raises is not kept."""
+        if key not in self._values:
+            while len(self._values) >= self._most:  # first, so that old and new never share the memory
+                self._values.popitem(last=False)
+            self._values[key] = make()
+        self._values.move_to_end(key)
+        return self._values[key]
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -10,17 +10,15 @@ from __future__ import annotations
 import json
 import platform
 import tempfile
-from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import torch
 from safetensors.torch import load, save
 
 from pipelines import models
-from pipelines.stage import LastStage, Outcome, Row, Stage
+from pipelines.stage import Cache, LastStage, Outcome, Row, Stage
 from pipelines.storage import join, scheme, sha256
 from schemas import ErrorCode, RowError, StageSettings, TransferSettings
 from vmt_core import video
@@ -31,7 +29,6 @@ from vmt_core.methods import build
 from vmt_core.presets import native
 from vmt_core.transfer import Artifact, MotionTransfer, Sampling
 
-V = TypeVar("V")
 _MOST_ADAPTER_BYTES = 8 * 2**30
 #: Of a reference, carried into the clip as the model saw it: a procedural one says its scene, so its motion is known exactly.
 KEPT_TAGS = ("scene",)
@@ -251,23 +248,6 @@ class Finish(LastStage):
             video.verify(local, frames=row["frames"], height=row["height"], width=row["width"])
             self.storage.put(local, uri)
             return [{"video_uri": uri, "video_bytes": local.stat().st_size, "video_sha256": sha256(local)}]
-
-
-class Cache(Generic[V]):
-    """The last `most` values by key."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._values: OrderedDict[Hashable, V] = OrderedDict()
-
-    def get(self, key: Hashable, make: Callable[[], V]) -> V:
-        """The value of a key, made if it is not there; what raises is not kept."""
-        if key not in self._values:
-            while len(self._values) >= self._most:  # first, so that old and new never share the memory
-                self._values.popitem(last=False)
-            self._values[key] = make()
-        self._values.move_to_end(key)
-        return self._values[key]
 
 
 def reference_key(row: Row) -> str:

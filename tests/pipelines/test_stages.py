@@ -4,8 +4,8 @@ import pyarrow as pa
 import pytest
 
 from pipelines import stage
-from pipelines.stage import STATE, Stage, begin, out_of_memory
-from pipelines.stages import Cache, reference_key
+from pipelines.stage import STATE, Cache, Stage, begin, out_of_memory
+from pipelines.stages import reference_key
 from schemas import ManifestRow
 from support.jobs import row
 

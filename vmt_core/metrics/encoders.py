@@ -14,7 +14,6 @@ from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import interpolate, normalize
-from transformers import AutoTokenizer, CLIPModel, ViTModel
 
 from vmt_core.shapes import Frames
 
@@ -29,6 +28,8 @@ class Clip:
     """A CLIP; features are of unit length."""
 
     def __init__(self, model: str, device: str = "cpu") -> None:
+        from transformers import AutoTokenizer, CLIPModel  # here: seconds, and most evaluations are given no encoder
+
         self.model: Any = CLIPModel.from_pretrained(model, use_safetensors=True).eval().to(device)
         self.tokenizer = AutoTokenizer.from_pretrained(model)
         self.side = self.model.config.vision_config.image_size
@@ -55,6 +56,8 @@ class Dino:
     """A DINO ViT; features are its class token's, of unit length."""
 
     def __init__(self, model: str, device: str = "cpu") -> None:
+        from transformers import ViTModel
+
         self.model: Any = (
             ViTModel.from_pretrained(model, use_safetensors=True, add_pooling_layer=False).eval().to(device)
         )
