@@ -62,28 +62,6 @@ def test_every_video_is_measured_once_against_exact_motion(run, tmp_path):
     assert "4 measured before, 0 to measure now" in text
 
 
-def test_missing_and_truncated_videos_are_counted_and_the_rest_goes_on(run, tmp_path):
-    shutil.copytree(run, tmp_path / "out")
-    for path in (tmp_path / "out" / "results").rglob("*.parquet"):
-        table = pq.read_table(path, partitioning=None)
-        uris = [uri.replace(str(run), str(tmp_path / "out")) for uri in table["video_uri"].to_pylist()]
-        table = table.set_column(table.schema.get_field_index("video_uri"), "video_uri", [uris])
-        pq.write_table(table, path)
-    first, second, *_ = sorted((tmp_path / "out" / "videos").rglob("*.mp4"))
-    first.unlink()
-    second.write_bytes(second.read_bytes()[:200])
-    code, text = jobs.run("evaluate", "--run", tmp_path / "out", "--output", tmp_path / "eval", "--measure.actors", 1)
-    assert code == 3, text
-    found = rows(tmp_path / "eval")
-    assert sorted(str(row.error_code) for row in found if row.status == "failed") == [
-        "no_video_stream",
-        "reference_missing",
-    ]
-    assert sum(row.status == "ok" for row in found) == 2
-    summary = json.loads((tmp_path / "eval" / "run" / "summary.json").read_text())
-    assert (summary["results"], summary["measured"], summary["failed"]) == (4, 2, 2)
-
-
 def test_a_run_without_results_is_refused(tmp_path):
     code, text = jobs.here("evaluate", "--run", tmp_path, "--output", tmp_path / "eval")
     assert code == 2
@@ -109,21 +87,37 @@ class CoTrackerPredictor(torch.nn.Module):
 """
 
 
-def test_a_video_that_takes_its_worker_down_is_counted_and_the_rest_goes_on(run, tmp_path):
+def test_missing_truncated_and_deadly_videos_are_counted_and_the_rest_goes_on(run, tmp_path):
+    shutil.copytree(run, tmp_path / "out")
+    for path in (tmp_path / "out" / "results").rglob("*.parquet"):
+        table = pq.read_table(path, partitioning=None)
+        uris = [uri.replace(str(run), str(tmp_path / "out")) for uri in table["video_uri"].to_pylist()]
+        table = table.set_column(table.schema.get_field_index("video_uri"), "video_uri", [uris])
+        pq.write_table(table, path)
+    missing, truncated = sorted((tmp_path / "out" / "videos" / "method=none").glob("*.mp4"))
+    missing.unlink()
+    truncated.write_bytes(truncated.read_bytes()[:200])
+    deadly, sound = sorted((tmp_path / "out" / "videos" / "method=fastvmt").glob("*.mp4"))
     (tmp_path / "code" / "cotracker").mkdir(parents=True)
     (tmp_path / "code" / "cotracker" / "predictor.py").write_text(KILLER)
-    save_file({"weight": torch.zeros(1, 1)}, tmp_path / "weights.safetensors")
-    path = os.pathsep.join([str(jobs.ROOT), str(tmp_path / "code")])
-    deadly, *_ = sorted((run / "videos" / "method=fastvmt").glob("*.mp4"))  # those of `none` are all the same
+    weights = str(tmp_path / "weights.safetensors")
+    save_file({"weight": torch.zeros(1, 1)}, weights)
     frames = video.read(deadly, height=64, width=64, frames=9, fps=video.probe(deadly, LimitSettings()).fps)
+    environment = {
+        "PYTHONPATH": os.pathsep.join([str(jobs.ROOT), str(tmp_path / "code")]),
+        "VMT_TEST_DEADLY": hashlib.sha256(frames.numpy().tobytes()).hexdigest(),
+    }
     code, text = jobs.run(
-        "evaluate", "--run", run, "--output", tmp_path / "eval", "--measure.actors", 1,
-        "--cotracker", tmp_path / "weights.safetensors", "--rows-per-block", 2,
-        env={"PYTHONPATH": path, "VMT_TEST_DEADLY": hashlib.sha256(frames.numpy().tobytes()).hexdigest()},
+        "evaluate", "--run", tmp_path / "out", "--output", tmp_path / "eval", "--measure.actors", 1, "--cotracker", weights,
+        env=environment,
     )  # fmt: skip
     assert code == 3, text
-    found = rows(tmp_path / "eval", cotracker=str(tmp_path / "weights.safetensors"))
-    codes = {row.sample_id: row.error_code for row in found}
-    assert codes.pop(deadly.stem) == "crashed"
-    assert len(codes) == 3 and set(codes.values()) == {None}
-    assert "1 without metrics" in text and "crashed" in text
+    assert {row.sample_id: row.error_code for row in rows(tmp_path / "eval", cotracker=weights)} == {
+        missing.stem: "reference_missing",
+        truncated.stem: "no_video_stream",
+        deadly.stem: "crashed",
+        sound.stem: None,
+    }
+    assert "3 without metrics" in text and "1 crashed" in text
+    summary = json.loads((tmp_path / "eval" / "run" / "summary.json").read_text())
+    assert (summary["results"], summary["measured"], summary["failed"]) == (4, 1, 3)
