@@ -22,6 +22,7 @@ from diffusers import WanTransformer3DModel
 
 from vmt_core import METHODS, Backbone, MotionTransfer, Sampling
 from vmt_core.adapters import follow_your_motion as method
+from vmt_core.adapters import masked_lora
 from vmt_core.adapters.masked_lora import Weights
 from vmt_core.adapters.settings import FollowYourMotion
 from vmt_core.presets import NANO
@@ -76,8 +77,6 @@ def steps(arguments: argparse.Namespace) -> None:
     peaks: dict[str, str] = {}
     for name, sparse in (("dense", "off"), ("sparse", "latent")):
         settings = FollowYourMotion(sparse=sparse, temporal={"steps": 10**6, "validate_every": 10**6})
-        if "temporal" in getattr(transformer, "peft_config", {}):
-            transformer.delete_adapters("temporal")
         task = method.begin(backbone, "temporal", prepared, types, settings, {})
         run = Tuning(task, TorchEngine(task.module, task.schedule, device))
         if device.type == "cuda":
@@ -103,15 +102,12 @@ def tune(backbone: Backbone, prepared: method.Prepared, settings: FollowYourMoti
     types = method.head_types(backbone, prepared, settings)
     done: dict[str, Weights] = {}
     for stage in ("spatial", "temporal"):
-        if stage in getattr(backbone.transformer, "peft_config", {}):
-            backbone.transformer.delete_adapters(stage)
         task = method.begin(backbone, stage, prepared, types, settings, done)
         run = Tuning(task, TorchEngine(task.module, task.schedule, backbone.device))
         while not run.done:
             run.advance()
         done[stage] = method.weights(run.engine.state(), stage, settings)
-    for stage in done:
-        backbone.transformer.delete_adapters(stage)
+    masked_lora.clear(backbone.transformer)
     backbone.transformer.disable_gradient_checkpointing()
     return done
 

@@ -43,6 +43,8 @@ def run(settings: BenchSettings, say: Callable[[str], None] = print) -> dict[str
         UsageError: an unknown suite or method, a folder that is no benchmark, or another benchmark in the output.
         RunFailed: a step stopped before its end; the same command goes on from there.
     """
+    if settings.suite == "procedural" and settings.clips:
+        raise UsageError(f"--clips {settings.clips}: is for --suite folder; the procedural suite draws its own")
     storage = Storage(settings.storage)
     settings = settings.model_copy(update={"output": absolute(settings.output)})
     table, about_suite = join(settings.output, "references.parquet"), join(settings.output, "suite.json")
@@ -65,11 +67,13 @@ def run(settings: BenchSettings, say: Callable[[str], None] = print) -> dict[str
     plan.run(shorter(planned) if settings.quick else planned, say)
     tuned = any(METHODS[name]().adapter is not None for name in settings.methods)
     made = transfer.run(TransferSettings.like(settings, manifest=place, tune=tuned), say)
-    measured = EvaluateSettings.like(
-        settings,
-        run=[settings.output],
-        output=join(settings.output, "evaluation"),
-        device="cuda" if settings.measure.gpus else "cpu",
+    measured = evaluate.everywhere(
+        EvaluateSettings.like(
+            settings,
+            run=[settings.output],
+            output=join(settings.output, "evaluation"),
+            device="cuda" if settings.measure.gpus else "cpu",
+        )
     )
     summary = evaluate.run(measured, say)
     about = made | {"title": f"Benchmark: {settings.suite}"}

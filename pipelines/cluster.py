@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
-from ray.data import DataContext
+from ray.data import ActorPoolStrategy, DataContext
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from schemas import RaySettings, StageSettings
@@ -38,6 +38,18 @@ def needs(pools: Sequence[StageSettings]) -> dict[str, float]:
         total["GPU"] += pool.actors * pool.gpus
         total["memory"] += pool.actors * (pool.memory_gib or 0) * 2**30
     return total
+
+
+def pool(stage: StageSettings, most: int | None = None) -> dict[str, Any]:
+    """What `map_batches` is told of a stage's actors; no more of them than `most`."""
+    least, largest = (min(number, most or number) for number in (stage.actors, stage.max_actors or stage.actors))
+    size = {"size": least} if least == largest else {"min_size": least, "max_size": largest}
+    return {
+        "compute": ActorPoolStrategy(**size, max_tasks_in_flight_per_actor=2),
+        "num_cpus": stage.cpus,
+        "num_gpus": stage.gpus,
+        "memory": stage.memory_gib * 2**30 if stage.memory_gib else None,
+    }
 
 
 def reason(error: BaseException) -> str:
@@ -96,9 +108,13 @@ def _demanded(pools: Sequence[StageSettings]) -> Iterator[None]:
 
     A placement group, because it goes with this driver, however that ends; a request to the autoscaler would stay.
     """
-    bundles = [{"CPU": pool.cpus, "GPU": pool.gpus} for pool in pools for _ in range(pool.actors)]
-    bundles = [{name: amount for name, amount in bundle.items() if amount} for bundle in bundles]
-    group = placement_group([*bundles, *[{"CPU": 1.0}] * ENGINE_CPUS])
+    amounts = [
+        {"CPU": pool.cpus, "GPU": pool.gpus, "memory": (pool.memory_gib or 0) * 2**30}
+        for pool in pools
+        for _ in range(pool.actors)
+    ]
+    bundles = [{name: amount for name, amount in bundle.items() if amount} for bundle in amounts]
+    group = placement_group([*filter(None, bundles), *[{"CPU": 1.0}] * ENGINE_CPUS])
     try:
         yield
     finally:

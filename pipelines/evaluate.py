@@ -23,7 +23,6 @@ import pyarrow.csv as pacsv
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import ray
-from ray.data import ActorPoolStrategy
 from ray.data.datasource import Partitioning
 
 from pipelines import cluster, lock, models, progress, report, tables
@@ -32,11 +31,13 @@ from pipelines.ledger import Ledger
 from pipelines.measure import COLUMNS, Measure, folder_of
 from pipelines.storage import Storage, absolute, join
 from pipelines.tracker import start as tracker_of_run
+from pipelines.watch import watched
 from schemas import ErrorCode, EvaluateSettings, MetricRow, ResultRow, UsageError
 from vmt_core.metrics.noncommercial import NOTICE
 
 T = TypeVar("T")
 _DRAWN = 500  # of those, the ones whose tracks can be drawn over the videos
+_FAULT = ("status", "error_code", "error_message")
 
 
 def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[
         RunFailed: it stopped before its end; the same command goes on from there.
     """
     storage, began = Storage(settings.storage), time.monotonic()
-    settings = _absolute(settings)
+    settings = everywhere(settings)
     try:
         found = {output: Ledger(storage, output).done() for output in settings.run}
     except ValueError as error:
@@ -61,7 +62,7 @@ def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[
         missing = count - sum(map(len, done.values()))
         say(f"{count} results, {count - missing} measured before, {missing} to measure now")
         if missing:
-            _measure(settings, storage, done, missing, say)
+            _measure(settings, storage, {run: len(results) for run, results in found.items()}, done, say)
             mend(settings, storage, found, retry=False)
         lines = tables.compare(read(settings, storage), settings.baseline, settings.bootstrap)
         told, failed, absent = _tally(read(settings, storage))
@@ -110,8 +111,8 @@ def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[
     return summary
 
 
-def _absolute(settings: EvaluateSettings) -> EvaluateSettings:
-    """With places that mean the same to actors, which have another directory."""
+def everywhere(settings: EvaluateSettings) -> EvaluateSettings:
+    """The settings with places that mean the same to actors, which have another directory; they also name the metrics' suite."""
     places: dict[str, Any] = {
         "run": list(dict.fromkeys(map(absolute, settings.run))),
         "output": absolute(settings.output),
@@ -133,6 +134,7 @@ def page(
     """The report: the comparison of methods above a gallery of videos with their metrics.
 
     Args:
+        settings: as `everywhere` gives them.
         summary: as `report.render` wants it.
         output: folder that the page is written to.
         lines: of the comparison of what was measured.
@@ -154,7 +156,10 @@ def page(
             for row in batch.to_pylist():
                 key = (run, row["sample_id"])
                 values = {name: getattr(metrics[key], name) for name in tables.BETTER if name != "seconds"}
-                shown.append(row | {"metrics": values} | tracks.get(key, {}))
+                fault = (
+                    {name: getattr(metrics[key], name) for name in _FAULT} if metrics[key].status == "failed" else {}
+                )
+                shown.append(row | fault | {"metrics": values} | tracks.get(key, {}))
     # methods as in the comparison: what others are compared to comes first
     order = {method: place for place, method in enumerate(dict.fromkeys(line.method for line in lines))}
     shown.sort(key=lambda row: (row["reference_uri"], row["prompt"], row["seed"], order.get(row["method"], len(order))))
@@ -240,22 +245,35 @@ def _stale(row: Mapping[str, Any], result: str | None, retry: bool) -> bool:
 
 
 def _measure(
-    settings: EvaluateSettings, storage: Storage, done: dict[str, set[str]], missing: int, say: Callable[[str], None]
+    settings: EvaluateSettings,
+    storage: Storage,
+    counts: Mapping[str, int],
+    done: Mapping[str, set[str]],
+    say: Callable[[str], None],
 ) -> None:
-    """Runs the pool over the results of every run.
+    """Runs the pool over the results of every run that has some to measure.
+
+    Args:
+        counts: results of each run.
+        done: ids of those that are measured.
 
     Raises:
-        RunFailed: the engine gave up.
+        RunFailed: the engine gave up, or nothing moves any more.
     """
+    missing = sum(counts.values()) - sum(map(len, done.values()))
     with cluster.connected(settings.ray, (settings.measure,)):
         context = cluster.quiet_data()
-        actors = min(settings.measure.actors, missing)
+        actors = min(settings.measure.max_actors or settings.measure.actors, missing)
         a_block = min(settings.rows_per_block, -(-missing // actors))  # few rows are shared by all actors, too
-        context.execution_no_progress_timeout_s = a_block * settings.limits.row_seconds
+        context.execution_no_progress_timeout_s = a_block * settings.limits.row_seconds + settings.ray.stall_s
         tracker = tracker_of_run()
-        ended, failed, began, told = 0, 0, time.monotonic(), time.monotonic()
-        try:
+        ended, failed, began = 0, 0, time.monotonic()
+
+        def work() -> None:
+            nonlocal ended, failed
             for output in settings.run:
+                if len(done[output]) == counts[output]:
+                    continue
                 files = [uri for uri in storage.find(join(output, "results")) if uri.endswith(".parquet")]
                 filesystem, _ = storage.arrow(files[0])
                 paths = [storage.arrow(file)[1] for file in files]
@@ -268,21 +286,20 @@ def _measure(
                         fn_constructor_args=(settings, output, frozenset(done[output]), tracker),
                         batch_size=a_block,
                         batch_format="pyarrow",
-                        compute=ActorPoolStrategy(size=actors),
-                        num_cpus=settings.measure.cpus,
-                        num_gpus=settings.measure.gpus,
+                        **cluster.pool(settings.measure, missing),
                     )
                 )
                 for row in data.iter_rows():
                     ended, failed = ended + row["measured"], failed + row["failed"]
-                    now = time.monotonic()
-                    if now - told >= settings.progress_s and ended:
-                        rate = ended / (now - began)
-                        left = progress.duration((missing - ended) / rate)
-                        say(f"{ended}/{missing} videos · {failed} failed · {60 * rate:,.0f} videos/min · {left} left")
-                        told = now
-        except Exception as error:
-            raise RunFailed(f"{cluster.reason(error)[:500]}; the same command goes on from there") from error
+
+        def tell(_: Mapping[str, Any]) -> None:
+            if ended:
+                rate = ended / (time.monotonic() - began)
+                left = progress.duration((missing - ended) / rate)
+                say(f"{ended}/{missing} videos · {failed} failed · {60 * rate:,.0f} videos/min · {left} left")
+
+        pools = (settings.measure,)
+        watched(work, tracker, pools, tell=tell, progress_s=settings.progress_s, stall_s=settings.ray.stall_s)
 
 
 def _files(settings: EvaluateSettings, storage: Storage) -> list[str]:

@@ -32,6 +32,7 @@ class Selection:
     ids: list[str] = field(default_factory=list)
     methods: set[str] = field(default_factory=set)
     adapters: dict[str, AdapterRow] = field(default_factory=dict)  # that tuned methods need, by id
+    needs: dict[str, str] = field(default_factory=dict)  # row -> its adapter
 
 
 def files(storage: Storage, uri: str) -> list[str]:
@@ -64,7 +65,6 @@ def check(
     faults: list[str] = []
     selection = Selection()
     seen: set[str] = set()
-    chosen: set[str] = set()  # adapters
     methods: dict[tuple[str, str], str | None] = {}
     for name in files(storage, uri):
         if wrong := _columns(storage, name):
@@ -79,7 +79,8 @@ def check(
             if method in (None, values["method"]) and (not samples or values["sample_id"] in samples):
                 selection.ids.append(values["sample_id"])
                 if values["adapter_id"]:
-                    chosen.add(values["adapter_id"])
+                    selection.needs[values["sample_id"]] = values["adapter_id"]
+    chosen = set(selection.needs.values())
     selection.adapters = {key: row for key, row in selection.adapters.items() if key in chosen}
     if faults:
         more = [f"… and {len(faults) - _SHOWN_FAULTS} more"] if len(faults) > _SHOWN_FAULTS else []

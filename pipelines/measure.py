@@ -146,7 +146,7 @@ class Measure:
             )
             return frames, video.tags(local)
         except RowError as error:
-            raise RowError(error.code, error.message.replace(str(local), uri)) from error
+            raise error.renamed(local, uri) from error
 
     def _clip(self, model: str | None) -> encoders.Clip | None:
         return encoders.Clip(models.local(model, self.storage), self.settings.device) if model else None

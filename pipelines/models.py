@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +50,8 @@ def local(model: str, storage: Storage) -> str:
     with open(cache / f"{target.name}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not target.is_dir():
-            loading = Path(tempfile.mkdtemp(prefix=".loading-", dir=cache))
+            loading = cache / f".loading-{target.name}"
+            shutil.rmtree(loading, ignore_errors=True)  # of a process that was killed; the lock is ours
             try:
                 for name, info in _objects(model, storage).items():
                     (loading / name).parent.mkdir(parents=True, exist_ok=True)

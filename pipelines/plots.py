@@ -22,7 +22,7 @@ def intervals(lines: Sequence[Line], metric: str) -> str:
         cell = line.cells[metric]
         axes.plot([cell.low, cell.high], [place, place], color=_INK, linewidth=1.2)
         axes.plot(cell.mean, place, "o", color=_INK, markersize=5)
-    axes.set_yticks(range(len(shown)), [line.label for line in shown])
+    axes.set_yticks(range(len(shown)), [line.label for line in shown], parse_math=False)  # a prompt may stand in it
     axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.grid(axis="x", alpha=0.2)
     better = {True: "more is better", False: "less is better", None: ""}[BETTER[metric]]
@@ -43,7 +43,15 @@ def against_seconds(lines: Sequence[Line], metric: str = "motion") -> str:
         # neighbours' names are apart: above and below in turns
         end, offset, side = (y.low, -4, "top") if turn % 2 else (y.high, 4, "bottom")
         axes.annotate(
-            line.label, (x, end), (0, offset), textcoords="offset points", fontsize=8, color=_INK, ha="center", va=side
+            line.label,
+            (x, end),
+            (0, offset),
+            textcoords="offset points",
+            fontsize=8,
+            color=_INK,
+            ha="center",
+            va=side,
+            parse_math=False,
         )
     axes.set_xlabel("seconds a video")
     axes.set_title(f"{metric.replace('_', ' ')} against time", loc="left", fontsize=9)

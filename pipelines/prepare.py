@@ -11,20 +11,22 @@ from typing import Any
 
 import pyarrow as pa
 import ray
-from ray.data import ActorPoolStrategy
 
 from pipelines import cluster, models, tracker
 from pipelines.stage import out_of_memory
 from pipelines.storage import Storage, StorageUnavailable, describe, join
+from pipelines.watch import watched
 from schemas import AdapterRow, RowError, TuneSettings
 from schemas.errors import ErrorCode
 from vmt_core import video
 from vmt_core.adapters.settings import FollowYourMotion
+from vmt_core.shapes import Frames
 
 _DECIDES = (
     "reference_digest", "start_frame", "end_frame", "fps", "height", "width", "frames", "caption", "model_revision",
     "tuning_version",
 )  # fmt: skip
+_OUTCOME = ("status", "error_code", "error_message")
 
 
 def place(output: str, row: AdapterRow) -> str:
@@ -40,30 +42,40 @@ def prepare_all(
 ) -> list[AdapterRow]:
     """Prepares what is not prepared yet; the rows come back, some of them failed."""
     there = set(storage.find(join(settings.output, "prepared")))
-    missing = [row for row in rows if place(settings.output, row) not in there]
+    places = [place(settings.output, row) for row in rows]
+    missing = {uri: row for uri, row in zip(places, rows, strict=True) if uri not in there}  # one for all that share it
     if not missing:
         return rows
     say(f"{len(missing)} references to prepare")
     cluster.quiet_data()
-    table = pa.Table.from_pylist([row.model_dump() for row in missing], schema=AdapterRow.arrow_schema())
+    table = pa.Table.from_pylist([row.model_dump() for row in missing.values()], schema=AdapterRow.arrow_schema())
+    run = tracker.start()
     data = (
         ray.data.from_arrow(table)
         .repartition(target_num_rows_per_block=1)
         .map_batches(
             Prepare,
-            fn_constructor_args=(settings, tracker.start()),
+            fn_constructor_args=(settings, run),
             batch_size=1,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=min(settings.training.prepare.actors, len(missing))),
-            num_cpus=settings.training.prepare.cpus,
-            num_gpus=settings.training.prepare.gpus,
+            **cluster.pool(settings.training.prepare, len(missing)),
         )
     )
-    try:
-        prepared = {row["adapter_id"]: AdapterRow.model_validate(row) for row in data.take_all()}
-    except Exception as error:
-        raise cluster.RunFailed(f"{cluster.reason(error)[:500]}; the same command goes on from there") from error
-    return [prepared.get(row.adapter_id, row) for row in rows]
+    ended: list[AdapterRow] = []
+
+    def collect() -> None:
+        ended.extend(AdapterRow.model_validate(row) for row in data.iter_rows())
+
+    watched(
+        collect,
+        run,
+        (settings.training.prepare,),
+        tell=lambda _: say(f"{len(ended)}/{len(missing)} references prepared"),
+        progress_s=settings.progress_s,
+        stall_s=settings.ray.stall_s,
+    )
+    outcomes = {place(settings.output, row): {name: getattr(row, name) for name in _OUTCOME} for row in ended}
+    return [row.model_copy(update=outcomes.get(uri, {})) for uri, row in zip(places, rows, strict=True)]
 
 
 class Prepare:
@@ -90,23 +102,11 @@ class Prepare:
     def _prepare(self, row: AdapterRow) -> AdapterRow:
         from vmt_core.adapters.follow_your_motion import prepare
 
-        limits = self.settings.limits
         failure: dict[str, Any]
         try:
             with self.guard.row(row.adapter_id), tempfile.TemporaryDirectory(prefix="vmt-") as folder:
                 clip, file = Path(folder) / "reference", Path(folder) / "prepared.safetensors"
-                most = limits.max_reference_mib * 2**20
-                self.storage.fetch(row.reference_uri, clip, most_bytes=most, digest=row.reference_digest)
-                frames = video.read(
-                    clip,
-                    height=row.height,
-                    width=row.width,
-                    frames=row.frames,
-                    fps=row.fps,
-                    start=row.start_frame,
-                    end=row.end_frame,
-                    limits=limits,
-                )
+                frames = self._read(row, clip)
                 stride = FollowYourMotion.model_validate_json(row.tuning).stride
                 prepare(self.backbone, frames, row.caption, stride).save(file)
                 self.storage.put(file, place(self.settings.output, row))
@@ -119,3 +119,21 @@ class Prepare:
             code = ErrorCode.OUT_OF_MEMORY if out_of_memory(error) else ErrorCode.INTERNAL
             failure = {"error_code": code, "error_message": describe(error)[:2000]}
         return row.model_copy(update={"status": "failed", **failure})
+
+    def _read(self, row: AdapterRow, clip: Path) -> Frames:
+        limits = self.settings.limits
+        try:
+            most = limits.max_reference_mib * 2**20
+            self.storage.fetch(row.reference_uri, clip, most_bytes=most, digest=row.reference_digest)
+            return video.read(
+                clip,
+                height=row.height,
+                width=row.width,
+                frames=row.frames,
+                fps=row.fps,
+                start=row.start_frame,
+                end=row.end_frame,
+                limits=limits,
+            )
+        except RowError as error:
+            raise error.renamed(clip, row.reference_uri) from error

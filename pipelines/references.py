@@ -140,7 +140,7 @@ def _open(storage: Storage, settings: PlanSettings | TuneSettings, reference: Re
             digest = storage.fetch(uri, local, most_bytes=limits.max_reference_mib * 2**20)
             info = video.probe(local, limits)
         except RowError as error:
-            raise RowError(error.code, error.message.replace(str(local), uri)) from error
+            raise error.renamed(local, uri) from error
     fps = reference.fps or settings.fps or info.fps
     most = settings.frames or native(settings.model).frames
     frames = video.clip_frames(info, reference.start_frame, reference.end_frame, fps, most)

@@ -119,7 +119,7 @@ class Encode(Stage):
             except RowError as error:
                 if error.code.transient:
                     raise
-                return RowError(error.code, error.message.replace(str(local), uri))
+                return error.renamed(local, uri)
         return _pack({"latents": backbone.encode(frames)}), shown
 
 

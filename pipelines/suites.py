@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import tempfile
 from pathlib import Path
 from random import Random
@@ -12,13 +11,22 @@ from typing import get_args
 import numpy as np
 import torch
 from PIL import Image
+from pydantic import BaseModel, ValidationError
 
 from pipelines.references import references
 from pipelines.storage import Storage, join
-from schemas import Reference, UsageError
+from schemas import Reference, UsageError, first_fault
 from vmt_core import video
 from vmt_core.world import Scene, appearance
 from vmt_core.world.spec import Background, BackgroundColour, Colour, ShapeName
+
+
+class _Beside(BaseModel):
+    """What a `<clip>.json` says of its clip."""
+
+    caption: str | None = None
+    category: str | None = None
+    prompts: list[str]
 
 
 def other_looks(scene: Scene, number: int, random: Random) -> list[str]:
@@ -103,15 +111,11 @@ def folder(storage: Storage, uri: str, output: str) -> list[Reference]:
         beside = reference.uri.rsplit(".", 1)[0] + ".json"
         if reference.prompts is None and storage.exists(beside):
             try:
-                about = json.loads(storage.read(beside))
-                reference = reference.model_copy(
-                    update={
-                        "caption": about.get("caption", reference.caption),
-                        "category": about.get("category", reference.category),
-                        "prompts": "\n".join(about["prompts"]),
-                    }
-                )
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UsageError(f'{beside}: not {{"caption", "category", "prompts": […]}}: {error}') from error
+                about = _Beside.model_validate_json(storage.read(beside))
+            except ValidationError as error:
+                what = '{"caption", "category", "prompts": […]}'
+                raise UsageError(f"{beside}: not {what}: {first_fault(error)}") from error
+            said = {"caption": about.caption, "category": about.category, "prompts": "\n".join(about.prompts)}
+            reference = reference.model_copy(update={name: value for name, value in said.items() if value is not None})
         done.append(reference)
     return done

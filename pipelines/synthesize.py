@@ -161,8 +161,10 @@ def _make(settings: SynthesizeSettings, missing: list[int], say: Callable[[str],
             fn_kwargs={"settings": settings},
             batch_size=1,
             batch_format="pyarrow",
-            compute=TaskPoolStrategy(size=settings.render.actors),
+            compute=TaskPoolStrategy(size=settings.render.max_actors or settings.render.actors),
             num_cpus=settings.render.cpus,
+            num_gpus=settings.render.gpus,
+            memory=settings.render.memory_gib * 2**30 if settings.render.memory_gib else None,
         )
         made, began, told = 0, time.monotonic(), time.monotonic()
         try:

@@ -99,6 +99,7 @@ class _Columns:
     category: _Array  # place in categories, -1 for none
     pair: _Array  # a number for what two methods' videos have in common that are compared
     run: _Array  # a number for each run
+    reference: _Array  # a number for each reference
     ok: _Array
     values: _Array  # (rows, metrics), nan where there is none
 
@@ -127,10 +128,9 @@ def compare(rows: Iterable[MetricRow], baseline: str, draws: int = 2000) -> list
             cells = {}
             for at, metric in enumerate(BETTER):
                 column = table.values[:, at]
-                differences = column[ok[twins >= 0]] - column[twins[twins >= 0]]
-                values = column[ok]
-                if not np.isnan(values).all():
-                    cells[metric] = _cell(values[~np.isnan(values)], differences[~np.isnan(differences)], metric, draws)
+                differences = np.where(twins >= 0, column[ok] - column[twins], np.nan)
+                if not np.isnan(column[ok]).all():
+                    cells[metric] = _cell(column[ok], differences, table.reference[ok], metric, draws)
             lines.append(Line(name, methods[name], category, len(ok), int(mine.sum()) - len(ok), cells))
     return lines
 
@@ -159,18 +159,27 @@ def _settings(variant: _Variant) -> dict[str, Any]:
     return _flat(json.loads(variant[3])) | _flat(json.loads(variant[2]))
 
 
-def interval(values: _Array, draws: int) -> tuple[float, float]:
-    """The 95 % bootstrap interval of a mean."""
-    if len(values) < 2:
+def interval(values: _Array, references: _Array, draws: int) -> tuple[float, float]:
+    """The 95 % bootstrap interval of a mean over videos; of one video, its value.
+
+    References are drawn, each with all of its videos: these are alike, and would count as more than they are if each was drawn by itself.
+    Where all are of one reference they are drawn one by one, and the interval says nothing of other references.
+
+    Args:
+        references: a number for the reference of each video.
+    """
+    _, unit = np.unique(references, return_inverse=True)
+    if unit.max() == 0:
+        unit = np.arange(len(values))
+    sums, counts = np.bincount(unit, values), np.bincount(unit)
+    if len(sums) < 2:
         return float(values.mean()), float(values.mean())
-    generator, at_once = np.random.default_rng(0), max(1, 2**16 // len(values))
-    means = np.concatenate(
-        [
-            values[generator.integers(0, len(values), (min(at_once, draws - at), len(values)))].mean(1)
-            for at in range(0, draws, at_once)
-        ]
-    )
-    low, high = np.quantile(means, [0.025, 0.975])
+    generator, at_once = np.random.default_rng(0), max(1, 2**16 // len(sums))
+    means = []
+    for at in range(0, draws, at_once):
+        drawn = generator.integers(0, len(sums), (min(at_once, draws - at), len(sums)))
+        means.append(sums[drawn].sum(1) / counts[drawn].sum(1))
+    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return float(low), float(high)
 
 
@@ -205,7 +214,9 @@ def to_markdown(lines: Sequence[Line]) -> str:
         ]
         for line in part:
             cells = " | ".join(_shown(line.cells.get(name)) for name in names)
-            text.append(f"| {line.label} | {line.made}{f' (+{line.failed} failed)' if line.failed else ''} | {cells} |")
+            text.append(
+                f"| {_md(line.label)} | {line.made}{f' (+{line.failed} failed)' if line.failed else ''} | {cells} |"
+            )
         text.append("")
     return "\n".join(text)
 
@@ -253,7 +264,7 @@ def papers_shape(lines: Sequence[Line]) -> str:
     for line in ours:
         cells = [line.cells.get(name) for name in names.values()]
         text.append(
-            "| " + " | ".join([line.label, *("" if cell is None else f"{cell.mean:.4g}" for cell in cells)]) + " |"
+            "| " + " | ".join([_md(line.label), *("" if cell is None else f"{cell.mean:.4g}" for cell in cells)]) + " |"
         )
     text += [
         "| " + " | ".join([f"*{name}, published*", *(f"{value:g}" for value in values)]) + " |"
@@ -276,10 +287,10 @@ def _columns(rows: Iterable[MetricRow]) -> _Columns:
         variant = variants.setdefault((row.run, row.method, row.method_settings, row.sampling), len(variants))
         category = categories.setdefault(row.category, len(categories)) if row.category else -1
         places.extend((variant, category, runs.setdefault(row.run, len(runs))))
-        keys.extend((_number(row.run, row.sample_id), _number(row.pair)))
+        keys.extend((_number(row.run, row.sample_id), _number(row.pair), _number(row.reference_digest)))
         ok.append(row.status == "ok")
         values.extend(math.nan if (value := getattr(row, metric)) is None else value for metric in BETTER)
-    key, pair = np.array(keys, np.uint64).reshape(-1, 2).T
+    key, pair, reference = np.array(keys, np.uint64).reshape(-1, 3).T
     order = np.argsort(key)
     variant, category, run = np.array(places, int).reshape(-1, 3)[order].T
     return _Columns(
@@ -289,6 +300,7 @@ def _columns(rows: Iterable[MetricRow]) -> _Columns:
         category,
         pair[order],
         run,
+        reference[order],
         np.array(ok, bool)[order],
         np.array(values).reshape(-1, len(BETTER))[order],
     )
@@ -311,11 +323,14 @@ def _twins(table: _Columns, rows: _Array, base: _Array) -> _Array:
     return twins
 
 
-def _cell(values: _Array, differences: _Array, metric: str, draws: int) -> Cell:
-    low, high = interval(values, draws)
+def _cell(values: _Array, differences: _Array, references: _Array, metric: str, draws: int) -> Cell:
+    """Of all videos of a method: their values and differences, nan where there is none."""
+    known, paired = ~np.isnan(values), ~np.isnan(differences)
+    values, differences = values[known], differences[paired]
+    low, high = interval(values, references[known], draws)
     if not len(differences):
         return Cell(len(values), float(values.mean()), low, high)
-    first, last = interval(differences, draws)
+    first, last = interval(differences, references[paired], draws)
     better = BETTER[metric]
     signed = differences if better is None or better else -differences
     wins = None if better is None else float((signed > 0).mean() + (signed == 0).mean() / 2)
@@ -346,6 +361,10 @@ def _shown(cell: Cell | None) -> str:
     if cell.difference is None:
         return f"{cell.mean:.3f}"
     return f"{cell.mean:.3f} ({cell.difference:+.3f} [{cell.difference_low:+.3f}, {cell.difference_high:+.3f}])"
+
+
+def _md(text: str) -> str:
+    return text.replace("|", r"\|")
 
 
 def _tex(text: str) -> str:

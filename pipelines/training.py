@@ -41,10 +41,33 @@ def folder_of(output: str, row: AdapterRow) -> str:
 def train_adapter(settings: TuneSettings, storage: Storage, row: AdapterRow, *, gpus: bool) -> dict[str, Any]:
     """Trains, or goes on training, the adapter of a row; returns the columns that say how it ended.
 
+    An adapter whose files are all there is taken as it is: a driver that died before it wrote the index row left it.
+
     Raises:
         RowError: it cannot be trained, or its workers died too often.
     """
     folder = folder_of(settings.output, row)
+    if not storage.exists(join(folder, files.DONE)):
+        _fit(settings, storage, row, folder, gpus=gpus)
+    about = json.loads(storage.read(join(folder, files.DONE)))
+    return {
+        "folder": folder,
+        "workers": settings.training.workers_per_reference,
+        "spatial_steps": about["spatial"]["steps"],
+        "temporal_steps": about["temporal"]["steps"],
+        "spatial_loss": about["spatial"]["validation"],
+        "temporal_loss": about["temporal"]["validation"],
+        "seconds": about["seconds"],
+    }
+
+
+def forget(settings: TuneSettings, storage: Storage, row: AdapterRow) -> None:
+    """Deletes the checkpoints of an adapter that is whole and stands in the index."""
+    for uri in storage.find(join(settings.output, "run", "training", row.adapter_id)):
+        storage.delete(uri)
+
+
+def _fit(settings: TuneSettings, storage: Storage, row: AdapterRow, folder: str, *, gpus: bool) -> None:
     filesystem, path = storage.arrow(absolute(join(settings.output, "run", "training")))
     trainer = ray.train.torch.TorchTrainer(
         _worker,
@@ -70,18 +93,6 @@ def train_adapter(settings: TuneSettings, storage: Storage, row: AdapterRow, *, 
         ) from error
     if fault is not None:
         raise RowError(ErrorCode(fault[0]), fault[1])
-    about = json.loads(storage.read(join(folder, files.DONE)))
-    for leftover in storage.find(join(settings.output, "run", "training", row.adapter_id)):
-        storage.delete(leftover)
-    return {
-        "folder": folder,
-        "workers": settings.training.workers_per_reference,
-        "spatial_steps": about["spatial"]["steps"],
-        "temporal_steps": about["temporal"]["steps"],
-        "spatial_loss": about["spatial"]["validation"],
-        "temporal_loss": about["temporal"]["validation"],
-        "seconds": about["seconds"],
-    }
 
 
 def _worker(config: dict[str, Any]) -> tuple[str, str] | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import threading
 import time
 import uuid
 from collections import Counter
@@ -14,7 +13,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import ray
-from ray.data import ActorPoolStrategy, Dataset
+from ray.data import Dataset
 from ray.data.checkpoint import CheckpointConfig
 
 from pipelines import cluster, lock, manifest, models, progress, report, tune
@@ -23,7 +22,8 @@ from pipelines.ledger import ID, PARTITIONS, Ledger
 from pipelines.stage import begin
 from pipelines.storage import Storage, absolute, join
 from pipelines.tracker import start as tracker_of_run
-from schemas import ManifestRow, ResultRow, StageSettings, TransferSettings, TuneSettings, UsageError
+from pipelines.watch import watched
+from schemas import AdapterRow, ManifestRow, ResultRow, TransferSettings, TuneSettings, UsageError
 from vmt_core.adapters import files
 from vmt_core.backbone import nano
 
@@ -109,7 +109,9 @@ def _with_adapters(
     if settings.tune:
         if not place.endswith("/adapters"):
             raise UsageError(f"--adapters {place}: with --tune it must end in /adapters, as jobs/tune.py writes it")
-        wanted = list(selection.adapters.values())
+        wanted = _needed(settings, storage, selection)
+        if not wanted:
+            return settings.model_copy(update={"adapters": place})
         tuning = TuneSettings.like(
             settings,
             references=settings.manifest,
@@ -122,6 +124,18 @@ def _with_adapters(
         name = next(iter(selection.adapters.values())).method
         raise UsageError(f"{name} needs adapters: give --adapters OUT/adapters of jobs/tune.py, or --tune them now")
     return settings.model_copy(update={"adapters": place})
+
+
+def _needed(settings: TransferSettings, storage: Storage, selection: manifest.Selection) -> list[AdapterRow]:
+    """The adapters of the rows that are to be made now."""
+    try:
+        done = Ledger(storage, settings.output).done()
+    except ValueError as error:
+        raise RunFailed(str(error)) from error
+    again = {row for row, code in done.items() if code is not None} if settings.retry_failed else set()
+    missing = [row for row in selection.ids if row not in done or row in again][: settings.limit]
+    chosen = dict.fromkeys(selection.needs[row] for row in missing if row in selection.needs)
+    return [selection.adapters[adapter] for adapter in chosen]
 
 
 def _tuned(settings: TransferSettings, storage: Storage, selection: manifest.Selection) -> list[dict[str, Any]]:
@@ -197,19 +211,9 @@ def graph(settings: TransferSettings, storage: Storage, source: str, tracker: An
             fn_constructor_args=(settings, tracker, run_id),
             batch_size=rows,
             batch_format="pyarrow",
-            compute=_pool(pool),
-            num_cpus=pool.cpus,
-            num_gpus=pool.gpus,
-            memory=pool.memory_gib * 2**30 if pool.memory_gib else None,
+            **cluster.pool(pool),
         )
     return data
-
-
-def _pool(pool: StageSettings) -> ActorPoolStrategy:
-    size: dict[str, int] = {"size": pool.actors}
-    if pool.max_actors is not None and pool.max_actors > pool.actors:
-        size = {"min_size": pool.actors, "max_size": pool.max_actors}
-    return ActorPoolStrategy(**size, max_tasks_in_flight_per_actor=2)
 
 
 def _execute(
@@ -232,24 +236,14 @@ def _execute(
         _configure(settings, storage, ledger)
         data = graph(settings, storage, source, tracker, run_id)
         filesystem, path = storage.arrow(ledger.results)
-        failure: list[BaseException] = []
-
-        def write() -> None:
-            try:
-                data.write_parquet(path, filesystem=filesystem, partition_cols=PARTITIONS)
-            except BaseException as error:
-                failure.append(error)
-
-        writer = threading.Thread(target=write, daemon=True, name="ray-data")
-        writer.start()
-        while writer.is_alive():
-            writer.join(settings.progress_s)
-            now = ray.get(tracker.snapshot.remote())
-            say(progress.line(now, len(chosen)))
-            if now["stalled_s"] > settings.ray.stall_s:
-                raise RunFailed(_stall(now["stalled_s"], pools))
-        if failure:
-            raise RunFailed(cluster.reason(failure[0])) from failure[0]
+        watched(
+            lambda: data.write_parquet(path, filesystem=filesystem, partition_cols=PARTITIONS),
+            tracker,
+            pools,
+            tell=lambda now: say(progress.line(now, len(chosen))),
+            progress_s=settings.progress_s,
+            stall_s=settings.ray.stall_s,
+        )
         return float(ray.get(tracker.snapshot.remote())["working_s"])
 
 
@@ -276,17 +270,6 @@ _RETRIED = (
     "imed out",
     "imeout",
 )
-
-
-def _stall(seconds: float, pools: tuple[StageSettings, ...]) -> str:
-    """Why nothing moves, as far as can be told."""
-    lacking = cluster.missing(cluster.needs(pools), ray.cluster_resources())
-    why = (
-        f"the cluster lacks {'; '.join(lacking)}"
-        if lacking
-        else "the actors did not start or the storage does not answer"
-    )
-    return f"no row began or ended for {progress.duration(seconds)}: {why}. The same command goes on from here"
 
 
 def _account(ledger: Ledger, ids: list[str], run_id: str) -> dict[str, Any]:

@@ -10,6 +10,7 @@ OUT/run/samples/<adapter_id>/                        videos on the way, if asked
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import threading
@@ -122,25 +123,24 @@ def tune(
         update={"output": absolute(settings.output), "model": models.anywhere(settings.model)}
     )
     _workers_share(wanted, settings.training.workers_per_reference)
-    done = index(storage, settings.output)
-    if settings.retry_failed:
-        done = {key: row for key, row in done.items() if row.status == "ok"}
-    missing = [row for row in wanted if row.status == "planned" and row.adapter_id not in done]
-    chosen = missing[: settings.limit]
-    unfit = sum(row.status == "failed" and row.adapter_id not in done for row in wanted)
-    before = len(wanted) - len(missing) - unfit
-    say(
-        f"{len(wanted)} references, {before} done before, {len(chosen)} to tune now"
-        + (f", {unfit} unfit" if unfit else "")
-    )
-    say(estimate(chosen, config, settings))
-    if settings.dry_run:
-        return {"planned": len(chosen), "failed": 0}
-    began = time.monotonic()
-    with lock.held(storage, join(settings.output, "run", "lock.json")):
-        for row in wanted:
-            if row.status == "failed" and row.adapter_id not in done:
-                _keep(storage, settings.output, row)
+    began, held = time.monotonic(), lock.held(storage, join(settings.output, "run", "lock.json"))
+    with contextlib.nullcontext() if settings.dry_run else held:
+        done = index(storage, settings.output)  # under the lock: another driver may have been at it
+        if settings.retry_failed:
+            done = {key: row for key, row in done.items() if row.status == "ok"}
+        missing = [row for row in wanted if row.status == "planned" and row.adapter_id not in done]
+        chosen = missing[: settings.limit]
+        unfit = [row for row in wanted if row.status == "failed" and row.adapter_id not in done]
+        before = len(wanted) - len(missing) - len(unfit)
+        say(
+            f"{len(wanted)} references, {before} done before, {len(chosen)} to tune now"
+            + (f", {len(unfit)} unfit" if unfit else "")
+        )
+        say(estimate(chosen, config, settings))
+        if settings.dry_run:
+            return {"planned": len(chosen), "failed": 0}
+        for row in unfit:
+            _keep(storage, settings.output, row)
         if chosen:
             _make(settings, storage, chosen, say)
     made = index(storage, settings.output)
@@ -282,7 +282,7 @@ def _keep(storage: Storage, output: str, row: AdapterRow) -> None:
 
 def _train_all(settings: TuneSettings, storage: Storage, chosen: list[AdapterRow], say: Callable[[str], None]) -> None:
     """Trains on every row, as many at once as there is room for; each ends in the index."""
-    from pipelines.training import train_adapter  # brings diffusers
+    from pipelines.training import forget, train_adapter  # brings diffusers
 
     at_once = min(len(chosen), settings.training.at_once or _room(settings)) or 1
     began, ended, failures = time.monotonic(), 0, 0
@@ -299,6 +299,8 @@ def _train_all(settings: TuneSettings, storage: Storage, chosen: list[AdapterRow
                 return
             finished = row.model_copy(update=_failure(error))
         _keep(storage, settings.output, finished)
+        if finished.status == "ok":
+            forget(settings, storage, finished)
         with told:
             ended, failures = ended + 1, failures + (finished.status == "failed")
             rate = ended / (time.monotonic() - began)

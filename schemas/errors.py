@@ -7,6 +7,7 @@ A *permanent* error is a fact about the row: the same input fails again. A *tran
 from __future__ import annotations
 
 from enum import StrEnum
+from pathlib import Path
 
 from pydantic import ValidationError
 
@@ -67,6 +68,10 @@ class RowError(Exception):
         super().__init__(message)
         self.code = code
         self.message = message
+
+    def renamed(self, path: Path, uri: str) -> RowError:
+        """The same, said of what the user named instead of the local copy of it."""
+        return RowError(self.code, self.message.replace(str(path), uri))
 
     def __reduce__(self) -> tuple[type[RowError], tuple[ErrorCode, str]]:  # travels between processes
         return (type(self), (self.code, self.message))

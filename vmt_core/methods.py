@@ -6,6 +6,7 @@ settings; presets and single settings can be changed: `METHODS["fastvmt"](preset
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
@@ -113,7 +114,9 @@ def follow_your_motion(
     values = dict(adapter or {})
     if preset in ("paper", "code"):  # both keep the reference's looks
         values.setdefault("spatial_scale", 1.0)
-    values["tuning"] = FollowYourMotion.preset(preset, **values.get("tuning", {}))
+    if not isinstance(tuning := values.get("tuning", {}), Mapping):
+        raise ValueError(f"adapter.tuning is {tuning!r}; it must hold settings by name")
+    values["tuning"] = FollowYourMotion.preset(preset, **tuning)
     guided = None
     if objective is not None or guidance is not None:
         guided = fastvmt("default" if preset == "code" else preset, objective=objective, guidance=guidance).guidance
@@ -143,12 +146,18 @@ def build(name: str, settings: Mapping[str, Any]) -> Method:
     """
     if name not in METHODS:
         raise ValueError(f"method {name!r} is not one of {', '.join(sorted(METHODS))}")
+    known = [group for group in inspect.signature(METHODS[name]).parameters if group != "preset"]
+    for group, values in settings.items():
+        if group != "preset" and group not in known:
+            raise ValueError(f"method {name}: {group!r} is not one of its groups, {', '.join(known)}")
+        if group != "preset" and not (values is None or isinstance(values, Mapping)):
+            raise ValueError(f"method {name}: {group} is {values!r}; it must hold settings by name")
     try:
         return METHODS[name](**settings)
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         raise ValueError(f"method {name}: {faults}") from error
-    except TypeError as error:  # a group that the method does not have
+    except (TypeError, ValueError) as error:
         raise ValueError(f"method {name}: {error}") from error
 
 

@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vmt_core.adapters import masked_lora
+from vmt_core.adapters import files, masked_lora
 from vmt_core.adapters.masked_lora import Weights
 from vmt_core.backbone import taps
 from vmt_core.backbone.sampler import Schedule, denoiser_calls, noise, noised, sample
@@ -105,6 +105,10 @@ class MotionTransfer:
             )
         self.adapter = adapter
         if adapter is not None:
+            if set(adapter) != set(files.STAGES):
+                raise ValueError(
+                    f"an adapter has the stages {', '.join(files.STAGES)}, not {', '.join(adapter) or 'none'}"
+                )
             self._attach(adapter)
         self.sampling = sampling or Sampling()
         start = method.start
@@ -145,8 +149,9 @@ class MotionTransfer:
 
     @cached_property
     def _adapter_digest(self) -> str:
-        """Of the adapter's weights and the scales that they are used at."""
-        digest = hashlib.sha256(repr(self._scales()).encode())
+        """Of the adapter's weights and how they are used."""
+        strict = self.method.adapter is not None and self.method.adapter.tuning.isolate_qk_norm
+        digest = hashlib.sha256(repr((self._scales(), strict)).encode())
         for stage, weights in sorted((self.adapter or {}).items()):
             for name, value in sorted(weights.items()):
                 digest.update(f"{stage} {name}".encode())
@@ -158,6 +163,8 @@ class MotionTransfer:
         return {} if used is None else {"spatial": used.spatial_scale, "temporal": used.temporal_scale}
 
     def _attach(self, adapter: Mapping[str, Weights]) -> None:
+        self.backbone.adapter = None  # until it is whole: what fails halfway is nobody's
+        masked_lora.clear(self.backbone.transformer)
         for stage, weights in adapter.items():
             masked_lora.attach(self.backbone.transformer, stage, weights)
         self.backbone.adapter = adapter

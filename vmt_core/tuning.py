@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,20 +18,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 Logs = dict[str, float]
-StepLogs = dict[str, Tensor]  # beside the loss; read after the update, so that the device need not wait
+StepLogs = dict[str, Tensor]  # beside the loss, of one draw
 Batch = tuple[Any, ...]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Schedule(BaseModel):
     """How long and how fast."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     steps: int = Field(ge=1)
     learning_rate: float = Field(default=1e-4, gt=0)
     warmup: int = Field(default=50, ge=0, description="steps of linear warm-up; constant afterwards")
     weight_decay: float = Field(default=0.1, ge=0, description="decoupled")
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Beta, Beta] = (0.9, 0.999)
     clip: float = Field(default=1.0, gt=0, description="norm of the gradient")
     draws: int = Field(default=1, ge=1, description="micro-batches of a step, over all workers")
     validate_every: int = Field(default=50, ge=1, description="steps")
@@ -155,11 +156,12 @@ class Tuning:
         """
         began, schedule = time.perf_counter(), self.task.schedule
         losses: list[float] = []
-        logs: StepLogs = {}
+        parts: list[StepLogs] = []
         self.task.module.train()
         for draw in range(self.rank, schedule.draws, self.workers):
             loss, logs = self.engine.accumulate(self.task.batch(self.step * schedule.draws + draw))
             losses.append(loss)
+            parts.append(logs)
         norm = self.engine.update(schedule.rate(self.step))
         if not norm < float("inf"):
             raise FloatingPointError(f"{self.task.name}: the gradient at step {self.step} is not finite")
@@ -174,7 +176,7 @@ class Tuning:
         return {
             "step": self.step,
             "loss": loss,
-            **{name: float(value) for name, value in logs.items()},
+            **{name: self.mean(sum(float(logs[name]) for logs in parts) / len(parts)) for name in parts[0]},
             **({} if point.validation is None else {"validation": point.validation}),
             "gradient_norm": norm,
             "learning_rate": schedule.rate(self.step - 1),

@@ -43,3 +43,8 @@ def test_the_quick_procedural_suite_is_a_clip_and_two_prompts_of_two_categories(
     clips = bench.procedural(settings, say=lambda _: None)
     assert sorted(clip.category for clip in clips) == ["articulated", "single"]
     assert all(len(clip.prompts.splitlines()) == 2 for clip in clips)
+
+
+def test_clips_are_refused_where_the_suite_has_its_own(tmp_path):
+    with pytest.raises(UsageError, match="--clips mine: is for --suite folder"):
+        bench.run(BenchSettings(clips="mine", output=str(tmp_path)))

@@ -15,7 +15,8 @@ def asked(monkeypatch):
     monkeypatch.setattr(cluster, "remove_placement_group", found.append)
     for name in ("init", "shutdown"):
         monkeypatch.setattr(cluster.ray, name, lambda **_: None)
-    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: {"CPU": 64.0, "GPU": 3.0})
+    there = {"CPU": 64.0, "GPU": 3.0, "memory": 8.0 * 2**30}
+    monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: there)
     return found
 
 
@@ -29,6 +30,28 @@ def test_an_autoscaler_sees_what_the_pools_take_until_it_is_there(asked):
         assert bundles.count({"CPU": 1.0, "GPU": 0.5}) == 1
         assert bundles.count({"CPU": 1.0}) == cluster.ENGINE_CPUS
         assert taken_back == "group"  # else it would hold what the pools are to have
+
+
+def test_memory_is_asked_for_and_an_actor_that_takes_nothing_is_not(asked):
+    with cluster.connected(RaySettings(address="head:6379"), (StageSettings(cpus=0), StageSettings(memory_gib=2))):
+        assert {} not in asked[0]
+        assert {"CPU": 1.0, "memory": 2 * 2**30} in asked[0]
+
+
+@pytest.mark.parametrize(
+    ("stage", "most", "sizes"),
+    [
+        ({"actors": 3}, None, (3, 3)),
+        ({"actors": 3}, 2, (2, 2)),
+        ({"actors": 2, "max_actors": 5}, None, (2, 5)),
+        ({"actors": 2, "max_actors": 5}, 4, (2, 4)),
+        ({"actors": 2, "max_actors": 5}, 1, (1, 1)),
+    ],
+)
+def test_a_pool_is_as_large_as_its_stage_says_and_no_larger_than_its_work(stage, most, sizes):
+    asked = cluster.pool(StageSettings(gpus=0.5, memory_gib=2, **stage), most)
+    assert (asked["compute"].min_size, asked["compute"].max_size) == sizes
+    assert (asked["num_cpus"], asked["num_gpus"], asked["memory"]) == (1, 0.5, 2 * 2**30)
 
 
 def test_what_is_still_lacking_after_the_wait_is_said_and_asked_for_no_more(asked):

@@ -101,3 +101,25 @@ def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
         tracemalloc.stop()
     print(f"{(peaks[1] - peaks[0]) / (many - few):.0f} bytes a row, {peaks[0] / 2**20:.1f} MiB")
     assert (peaks[1] - peaks[0]) / (many - few) < 1_000  # bytes a row: its id and its numbers, not the row
+
+
+def test_a_video_that_could_not_be_measured_is_a_failure_on_the_page(tmp_path):
+    settings = measured(tmp_path, 30)
+    (path,) = (tmp_path / "eval" / "metrics").rglob("*.parquet")
+    rows = pq.read_table(path, partitioning=None).to_pylist()
+    rows[1] |= {"status": "failed", "error_code": "reference_missing", "error_message": "v.mp4: is gone"}
+    pq.write_table(pa.Table.from_pylist(rows, schema=MetricRow.arrow_schema()), path)
+    evaluate.run(settings, say=lambda line: None)
+    assert "v.mp4: is gone" in (tmp_path / "eval" / "report.html").read_text()
+
+
+def test_settings_name_the_same_metrics_wherever_they_are_read(tmp_path, monkeypatch):
+    """Paths of models are part of a suite's name; actors have another directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clip").mkdir()
+    settings = evaluate.everywhere(
+        EvaluateSettings(run=["out"], output="eval", clip="clip", aesthetic_head="h.safetensors")
+    )
+    monkeypatch.chdir("/")
+    assert (settings.clip, settings.aesthetic_head) == (str(tmp_path / "clip"), str(tmp_path / "h.safetensors"))
+    assert evaluate.everywhere(settings) == settings

@@ -97,10 +97,12 @@ def test_a_download_that_breaks_is_not_taken_for_whole(prefix, monkeypatch, cach
 
 
 def test_what_a_killed_process_left_is_not_taken_for_whole(prefix, cache):
-    left = cache / ".loading-killed"
+    left = cache / f".loading-{models.revision(prefix, Storage())}"
     left.mkdir(parents=True)
     (left / "model_index.json").write_bytes(b"{}")
+    (left / "half.safetensors").write_bytes(b"half")
     assert content(models.local(prefix, Storage())) == FILES
+    assert not list(cache.glob(".loading-*"))
 
 
 def test_weights_that_change_while_they_are_downloaded_are_not_kept_under_the_old_revision(prefix, monkeypatch, cache):

@@ -36,7 +36,9 @@ def test_clips_with_a_json_beside_each(tmp_path):
     assert (found.caption, found.category, found.prompts) == ("a ball", "single", "one\ntwo")
 
 
-@pytest.mark.parametrize("content", ["[", "{}", '{"prompts": 3}', "[1]"])
+@pytest.mark.parametrize(
+    "content", ["[", "{}", '{"prompts": 3}', "[1]", '{"prompts": "a fox"}', '{"caption": 5, "prompts": []}']
+)
 def test_a_json_that_says_something_else_is_named(tmp_path, content):
     clip(tmp_path / "a.mp4", frames=9)
     (tmp_path / "a.json").write_text(content)

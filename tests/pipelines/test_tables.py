@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from pipelines import tables
+from pipelines import plots, tables
 from schemas import MetricRow
 
 
@@ -147,3 +147,38 @@ def test_columns_of_the_paper_are_by_flow_only_where_the_papers_models_were_not_
 def test_nothing_measured_is_an_empty_table():
     assert tables.compare([], "none") == []
     assert tables.to_csv([]).startswith("method,category,made,failed")
+
+
+def test_what_is_drawn_are_references_with_all_of_their_videos():
+    """Five prompts of a clip that all fare alike are no more evidence than one."""
+    rng = np.random.default_rng(0)
+    clips = rng.normal(size=12)
+    once = tables.interval(clips, np.arange(12), 500)
+    assert tables.interval(np.repeat(clips, 5), np.repeat(np.arange(12), 5), 500) == pytest.approx(once)
+    apart = tables.interval(np.repeat(clips, 5), np.arange(60), 500)
+    assert np.diff(apart) < 0.6 * np.diff(once)
+
+
+def test_references_count_by_their_videos():
+    values, references = np.array([0.0, 0.0, 0.0, 1.0]), np.array([7, 7, 7, 9])
+    assert tables.interval(values, references, 2000) == (0.0, 1.0)
+
+
+def test_the_videos_of_a_single_reference_are_drawn_one_by_one():
+    low, high = tables.interval(np.array([0.0, 1.0] * 10), np.zeros(20, int), 500)
+    assert 0.2 < low < 0.5 < high < 0.8
+
+
+@pytest.mark.parametrize("text", ["$^$", "a | b"])
+def test_a_setting_of_any_text_can_be_shown(text):
+    rows = [
+        row("none", n, sampling=json.dumps({"negative_prompt": prompt}), motion=0.1 * n, seconds=1.0)
+        for n in range(2)
+        for prompt in (text, "")
+    ]
+    lines = tables.compare(rows, "none")
+    assert plots.intervals(lines, "motion") and plots.against_seconds(lines)
+    heads = [
+        line.count("|") - line.count(r"\|") for line in tables.to_markdown(lines).splitlines() if line.startswith("|")
+    ]
+    assert len(set(heads)) == 1

@@ -86,7 +86,11 @@ def test_objectives_say_where_they_read():
         ("follow_your_motion", {"adapter": {"tuning": {"rank": 0}}}, "method follow_your_motion: rank: "),
         ("follow_your_motion", {"adapter": {"spatial_scale": 3}}, "spatial_scale: .*less than or equal to 2"),
         ("follow_your_motion", {"preset": "best"}, "'best' is not one of default, paper, code, nano"),
-        ("ditflow", {"preset": "best"}, "'best' is not one of default, paper, nano"),
+        ("ditflow", {"preset": "best"}, "method ditflow: preset 'best' is not one of default, paper, nano"),
+        ("fastvmt", {"guidance": "fast"}, "method fastvmt: guidance is 'fast'; it must hold settings by name"),
+        ("fastvmt", {"guidanc": {}}, "'guidanc' is not one of its groups, objective, guidance, start"),
+        ("follow_your_motion", {"adapter": {"tuning": "nano"}}, "method follow_your_motion: adapter.tuning is 'nano'"),
+        ("fastvmt", {"objective": {"temperature": float("inf")}}, "temperature: Input should be a finite number"),
     ],
 )
 def test_what_cannot_be_built_is_one_line_that_names_it(name, settings, message):

@@ -333,6 +333,36 @@ def test_each_transfer_on_a_backbone_has_its_own_adapter(wan, adapter):
     assert not torch.allclose(other.denoise(*arguments).latents, first, atol=1e-3)
 
 
+def test_an_adapter_that_fails_halfway_does_not_stand_for_another(wan, adapter, monkeypatch):
+    artifact = Artifact(torch.zeros(16, 3, 6, 8), wan.caption(""))
+    arguments = [artifact], [wan.caption("a red ball")], [wan.caption("")], [5]
+    one = MotionTransfer(wan, TUNED, SAMPLING, adapter)
+    first = one.denoise(*arguments).latents
+    doubled = {stage: {name: 2 * value for name, value in weights.items()} for stage, weights in adapter.items()}
+    broken = doubled | {"temporal": {name: value[:1, :1] for name, value in doubled["temporal"].items()}}
+    with pytest.raises(ValueError, match="adapter temporal: "):
+        MotionTransfer(wan, TUNED, SAMPLING, broken)
+    assert torch.equal(one.denoise(*arguments).latents, first)
+
+
+@pytest.mark.parametrize("stages", [[], ["temporal"]])
+def test_half_an_adapter_is_refused(wan, adapter, stages):
+    with pytest.raises(ValueError, match="has the stages spatial, temporal, not"):
+        MotionTransfer(wan, TUNED, SAMPLING, {stage: adapter[stage] for stage in stages})
+
+
+def test_an_artifact_says_whether_the_norms_were_strict(wan, adapter):
+    """They change what is read from queries and keys."""
+    changes = {"preset": "nano", "objective": {"block": 1}}
+    loose, strict = (
+        METHODS["follow_your_motion"](adapter={"tuning": {"rank": 2, "alpha": 2, "isolate_qk_norm": flag}}, **changes)
+        for flag in (False, True)
+    )
+    artifact = MotionTransfer(wan, loose, SAMPLING, adapter).prepare(clip())
+    with pytest.raises(ValueError, match="described for"):
+        MotionTransfer(wan, strict, SAMPLING, adapter).denoise([artifact], [wan.caption("a")], [wan.caption("")], [5])
+
+
 def test_looks_that_are_left_to_the_prompt_do_not_depend_on_the_spatial_adapter(wan, adapter):
     scaled = METHODS["follow_your_motion"](preset="nano", adapter={"tuning": {"rank": 2, "alpha": 2}})
     assert scaled.adapter.spatial_scale == 0

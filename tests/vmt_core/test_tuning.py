@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from vmt_core.tuning import Schedule, TorchEngine, Tuning
@@ -39,7 +40,7 @@ class Squared(nn.Module):
         self.frozen = nn.Parameter(torch.ones(()), requires_grad=False)
 
     def forward(self, x, y):
-        return (self.weight * x - y).square().mean(), {"seen": float(len(x))}
+        return (self.weight * x - y).square().mean(), {"target": y.square().mean()}
 
 
 def tuning(task, **options):
@@ -104,6 +105,18 @@ def test_accumulated_draws_are_one_large_batch():
     batches = [task.batch(draw) for draw in (0, 1)]
     wanted = sum(2 * (x * (0 * x - y)).mean() for x, y in batches) / 2
     assert run.advance()["gradient_norm"] == pytest.approx(abs(wanted.item()), rel=1e-5)
+
+
+def test_what_is_logged_beside_the_loss_is_the_mean_over_the_draws_too():
+    task = Line(draws=3)
+    logs = tuning(task).advance()
+    assert logs["target"] == pytest.approx(sum(task.batch(draw)[1].square().mean().item() for draw in range(3)) / 3)
+
+
+@pytest.mark.parametrize("wrong", [{"betas": (0.9, 1.0)}, {"learning_rate": float("inf")}])
+def test_a_schedule_that_can_only_fail_is_refused(wrong):
+    with pytest.raises(ValidationError):
+        Schedule(steps=1, **wrong)
 
 
 def test_draws_that_cannot_be_shared_are_refused():

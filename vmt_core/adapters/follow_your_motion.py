@@ -95,13 +95,37 @@ def head_types(backbone: Backbone, prepared: Prepared, settings: FollowYourMotio
     """Types of the heads for this reference, or those of a file.
 
     Raises:
-        ValueError: the file is none of head types, or of another transformer.
+        ValueError: the file is none of head types, or of another transformer; or no stage after this could work.
     """
     if settings.head_rule == "file":
         config = backbone.transformer.config
-        return HeadTypes.load(Path(str(settings.head_file)), layers=config.num_layers, heads=config.num_attention_heads)
-    latents = prepared.latents.unsqueeze(0).to(backbone.device)
-    return classify(backbone.transformer, latents, backbone.pad([prepared.text]), rule=settings.head_rule)
+        file = Path(str(settings.head_file))
+        types = HeadTypes.load(file, layers=config.num_layers, heads=config.num_attention_heads)
+    else:
+        latents = prepared.latents.unsqueeze(0).to(backbone.device)
+        types = classify(backbone.transformer, latents, backbone.pad([prepared.text]), rule=settings.head_rule)
+    _check(prepared, types, settings)
+    return types
+
+
+def _check(prepared: Prepared, types: HeadTypes, settings: FollowYourMotion) -> None:
+    """What would only be met after the spatial stage was trained."""
+    for stage in TASKS if settings.decouple else ():
+        if not bool(types.group(stage).any()):
+            raise ValueError(f"rule {settings.head_rule} finds no {stage} head; use rule median, or another clip")
+    seen = prepared.sparse.shape[1]
+    if settings.sparse == "pixel" and seen < 2:
+        raise ValueError(
+            f"every {settings.stride}-th of the clip's {len(prepared.frames)} frames are too few to move; "
+            f"sparse pixel needs {4 * settings.stride + 1} frames: take a smaller stride, or sparse latent"
+        )
+    if settings.sparse != "pixel":
+        seen = len(settings.indices(prepared.latents.shape[1]))
+    if settings.motion_loss == "vmc" and seen < 3:
+        raise ValueError(
+            f"motion_loss vmc compares how differences change from frame to frame, of {seen} latents there is one difference, which "
+            "always agrees: take motion_loss signed, more frames, or a smaller stride"
+        )
 
 
 def begin(
@@ -114,12 +138,14 @@ def begin(
 ) -> SpatialTask | TemporalTask:
     """Adds a fresh adapter for a stage to the transformer, beside those of the stages that are done, and gives the task to train it.
 
+    Other adapters that the transformer held are gone. The backward pass recomputes what the backbone's `checkpoint_policy` says.
+
     Args:
         done: weights by stage, alpha folded in.
-
-    The backward pass recomputes what the backbone's `checkpoint_policy` says.
     """
     transformer = backbone.transformer
+    backbone.adapter = None
+    masked_lora.clear(transformer)
     transformer.enable_gradient_checkpointing(partial(checkpointed, policy=backbone.checkpoint_policy))
     for other, weights in done.items():
         masked_lora.attach(transformer, other, weights)
@@ -206,16 +232,6 @@ class TemporalTask(_Stage):
     """Motion: the whole clip seen through a few of its frames."""
 
     name = "temporal"
-
-    def __init__(
-        self, transformer: WanTransformer3DModel, prepared: Prepared, settings: FollowYourMotion, text: Tensor
-    ) -> None:
-        super().__init__(transformer, prepared, settings, text)
-        if settings.sparse == "pixel" and prepared.sparse.shape[1] < 2:
-            raise ValueError(
-                f"every {settings.stride}-th of the clip's {len(prepared.frames)} frames are too few to move; "
-                f"sparse pixel needs {4 * settings.stride + 1} frames: take a smaller stride, or sparse latent"
-            )
 
     def batch(self, draw: int) -> Batch:
         generator = torch.Generator().manual_seed(2 * draw + 1)

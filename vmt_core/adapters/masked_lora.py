@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from diffusers import WanTransformer3DModel
@@ -29,6 +30,7 @@ from vmt_core.adapters.settings import TARGETS, Target
 _COMFY = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
 _METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
 
+_ISOLATED: WeakKeyDictionary[nn.Module, Callable[[], None]] = WeakKeyDictionary()  # how to undo it
 _SEVERAL = "Already found a `peft_config`"  # peft warns of a second adapter, which is meant
 
 Weights = dict[str, Tensor]  # "blocks.0.attn1.to_q.lora_A.weight" -> (rank, in), "….lora_B.weight" -> (out, rank)
@@ -82,7 +84,7 @@ def add(
                 into.register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient))
             else:
                 out.register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient)[:, None])
-    return parameters(transformer, name)
+    return train_only(transformer, name)
 
 
 def parameters(transformer: WanTransformer3DModel, name: str) -> list[nn.Parameter]:
@@ -164,8 +166,16 @@ def read(path: Path) -> tuple[Weights, dict[str, str]]:
     return {key: value * scale if "lora_B" in key else value for key, value in weights.items()}, metadata
 
 
+def clear(transformer: WanTransformer3DModel) -> None:
+    """Removes every adapter, and what `isolate_norms` left."""
+    if release := _ISOLATED.pop(transformer, None):
+        release()
+    for name in list(getattr(transformer, "peft_config", {})):
+        transformer.delete_adapters(name)
+
+
 def attach(transformer: WanTransformer3DModel, name: str, weights: Weights) -> None:
-    """Adds saved weights as an inactive adapter of that name, replacing an older one.
+    """Adds saved weights, in the transformer's dtype, as an adapter of that name, replacing an older one; all adapters are inactive then.
 
     Raises:
         ValueError: they are of a transformer of another shape.
@@ -246,6 +256,7 @@ def isolate_norms(transformer: WanTransformer3DModel) -> Callable[[], None]:
         for handle in handles:
             handle.remove()
 
+    _ISOLATED[transformer] = release
     return release
 
 

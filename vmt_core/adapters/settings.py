@@ -23,7 +23,7 @@ VALIDATION_FRAMES = 5  # of the spatial stage
 class FollowYourMotion(BaseModel):
     """Every setting of the method."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     head_rule: Rule | Literal["file"] = Field(
         default="median", description="how scores become head types; file: they are those of head_file"

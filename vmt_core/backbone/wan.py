@@ -7,6 +7,7 @@ diffusers layout; safetensors only. The VAE runs in fp32, the transformer and th
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,6 +27,11 @@ from vmt_core.shapes import Frames, LatentBatch, Latents, Text, TextBatch
 
 Part = Literal["transformer", "vae", "text"]
 ALL_PARTS: tuple[Part, ...] = ("transformer", "vae", "text")
+_FOLDERS: dict[Part, tuple[str, ...]] = {
+    "transformer": ("transformer",),
+    "vae": ("vae",),
+    "text": ("text_encoder", "tokenizer"),
+}
 TEXT_LENGTH = 512  # tokens; Wan 2.1 was trained on zero-padded captions of this length
 
 
@@ -60,14 +66,23 @@ class Backbone:
             ValueError: not a Wan 2.1 text-to-video model.
         """
         path = locate(model)
+        for folder in dict.fromkeys(folder for part in parts for folder in _FOLDERS[part]):
+            if not (path / folder).is_dir():
+                raise FileNotFoundError(f"{model}: has no folder {folder}")
         device = torch.device(device)
         dtype = dtype or fast_dtype(device)
         self = cls(path, device, dtype, checkpoint_policy)
         safe: dict[str, Any] = {"use_safetensors": True}
         if "transformer" in parts:
             config = WanTransformer3DModel.load_config(path, subfolder="transformer")
-            image = config.get("image_dim") is not None or config["in_channels"] != config["out_channels"]
-            if image or (path / "transformer_2").exists():
+            image = config.get("image_dim") is not None or config.get("in_channels", 16) != config.get(
+                "out_channels", 16
+            )
+            about = json.loads((path / "model_index.json").read_text())
+            later = about.get("expand_timesteps") or (path / "transformer_2").exists()
+            if config.get("_class_name", "WanTransformer3DModel") != "WanTransformer3DModel":
+                raise ValueError(f"{model}: its transformer is a {config['_class_name']}, not a WanTransformer3DModel")
+            if image or later:
                 raise ValueError(f"{model}: only Wan 2.1 text-to-video is supported, not image-to-video or Wan 2.2")
             transformer = WanTransformer3DModel.from_pretrained(path, subfolder="transformer", dtype=dtype, **safe)
             self.parts["transformer"] = transformer.eval().requires_grad_(False).to(device)

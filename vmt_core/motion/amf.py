@@ -52,7 +52,7 @@ _KEPT_LOGITS = 2**22  # more fp32 logits than these (16 MiB) are not kept for th
 class _AMF(BaseModel):
     """What both objectives share: where q and k come from, how sharp a match is, how the reference is read."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     block: int = Field(default=14, ge=0, description="transformer block whose self-attention is read")
     temperature: float = Field(default=2.0, gt=0, description="tau, multiplies the logits; 1 to 4")

@@ -282,7 +282,6 @@ def test_weights_have_alpha_over_rank_folded_in(wan, prepared):
     wan.transformer.disable_gradient_checkpointing()
     with_adapter = stage.validate()
     found = fym.weights(run.engine.state(), "temporal", chosen)
-    wan.transformer.delete_adapters("temporal")
     masked_lora.attach(wan.transformer, "temporal", found)
     masked_lora.use(wan.transformer, {"temporal": 1.0})
     assert stage.validate() == pytest.approx(with_adapter, rel=1e-5)
@@ -292,8 +291,6 @@ def test_the_temporal_stage_leaves_the_spatial_adapter_as_it_was(wan, prepared):
     chosen = settings(spatial={"steps": 2, "warmup": 0}, temporal={"steps": 2, "warmup": 0})
     types, done = fym.head_types(wan, prepared, chosen), {}
     for name in ("spatial", "temporal"):
-        if done:
-            wan.transformer.delete_adapters("spatial")
         stage = fym.begin(wan, name, prepared, types, chosen, done)
         run = Tuning(stage, TorchEngine(stage.module, stage.schedule, wan.device))
         while not run.done:
@@ -372,11 +369,47 @@ def test_sixty_steps_on_a_moving_square_lower_the_loss_of_the_whole_clip_too(wan
     assert run.curve[-1].validation < before - 0.01
 
 
-def test_a_thinned_clip_of_one_latent_is_refused(wan, prepared):
-    with pytest.raises(
-        ValueError, match="every 5-th of the clip's 17 frames are too few to move; sparse pixel needs 21 frames"
-    ):
-        task("temporal", wan, replace(prepared, sparse=prepared.sparse[:, :1]), settings(sparse="pixel", stride=5))
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sparse": "pixel"}, "every 5-th of the clip's 17 frames are too few to move; sparse pixel needs 21 frames"),
+        ({"motion_loss": "vmc", "sparse": "off"}, "motion_loss vmc compares .*, of 2 latents there is one difference"),
+    ],
+)
+def test_what_the_temporal_stage_cannot_do_is_refused_before_the_spatial_one_is_trained(
+    tiny, prepared, changes, message
+):
+    short = replace(prepared, sparse=prepared.sparse[:, :1], latents=prepared.latents[:, :2])
+    with pytest.raises(ValueError, match=message):
+        fym.head_types(tiny, short, settings(stride=5, **changes))
+
+
+@pytest.mark.parametrize(("spatial", "missing"), [(True, "temporal"), (False, "spatial")])
+def test_heads_of_one_kind_alone_are_refused_unless_both_adapters_are_on_all(
+    tiny, prepared, tmp_path, spatial, missing
+):
+    types = fym.head_types(tiny, prepared, SETTINGS)
+    types.model_copy(update={"spatial": [[spatial for _ in row] for row in types.spatial]}).save(
+        tmp_path / "heads.json"
+    )
+    chosen = {"head_rule": "file", "head_file": str(tmp_path / "heads.json")}
+    with pytest.raises(ValueError, match=f"finds no {missing} head"):
+        fym.head_types(tiny, prepared, settings(**chosen))
+    assert fym.head_types(tiny, prepared, settings(decouple=False, **chosen)).layers == types.layers
+
+
+def test_a_backbone_can_be_tuned_on_again_and_keeps_nothing_of_the_last_time(wan, fresh, prepared):
+    """Another reference's adapter, of a transfer, and strict norms, which are hooks, were on it."""
+    strict, types = settings(isolate_qk_norm=True), fym.head_types(fresh, prepared, SETTINGS)
+    fym.begin(wan, "spatial", prepared, types, strict, {})
+    wan.adapter = {"spatial": {}, "temporal": {}}
+    found = []
+    for backbone in (wan, fresh):
+        stage = fym.begin(backbone, "spatial", prepared, types, SETTINGS, {})
+        assert list(backbone.transformer.peft_config) == ["spatial"] and backbone.adapter is None
+        assert not any(norm._forward_hooks for block in backbone.transformer.blocks for norm in [block.attn1.norm_q])
+        found.append(stage.validate())
+    assert found[0] == found[1]
 
 
 def test_the_anchor_of_debias_is_drawn(wan, prepared):

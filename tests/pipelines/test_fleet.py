@@ -1,0 +1,122 @@
+"""What tuning does around its trainings; nothing is trained, and no Ray started."""
+
+import json
+
+import pytest
+
+from pipelines import adapters, prepare, training, transfer, tune
+from pipelines.ledger import Ledger
+from pipelines.storage import Storage
+from pipelines.training import folder_of
+from schemas import AdapterRow, ErrorCode, TransferSettings, TuneSettings
+from support.jobs import row, write_manifest
+from vmt_core.adapters import files
+from vmt_core.adapters.settings import TUNING_VERSION, FollowYourMotion
+
+LOSSES = {"steps": 2, "validation": 0.5}
+
+
+def adapter(number=0, **tuning):
+    return AdapterRow.planned(
+        method="follow_your_motion",
+        tuning=FollowYourMotion.preset("nano", **tuning).model_dump_json(),
+        height=64,
+        width=64,
+        frames=9,
+        fps=12.0,
+        start_frame=0,
+        end_frame=None,
+        model="wan-nano",
+        model_revision="r",
+        tuning_version=TUNING_VERSION,
+        reference_uri=f"/clips/{number}.mp4",
+        reference_digest=f"{number:064x}",
+        caption="a red circle",
+        category=None,
+    )
+
+
+@pytest.fixture
+def settings(tmp_path):
+    return TuneSettings(references="clips", output=str(tmp_path))
+
+
+def test_a_whole_adapter_without_its_index_row_is_not_trained_again(settings, monkeypatch):
+    """A driver may die between the adapter's last file and the row, or while it deletes the checkpoints."""
+    monkeypatch.setattr(training, "_fit", lambda *_, **__: pytest.fail("it trains"))
+    storage, one = Storage(), adapter()
+    about = {"spatial": LOSSES, "temporal": LOSSES, "seconds": 3.0}
+    storage.write(f"{folder_of(settings.output, one)}/{files.DONE}", json.dumps(about).encode())
+    checkpoint = f"{settings.output}/run/training/{one.adapter_id}/checkpoint_manager_snapshot.json"
+    storage.write(checkpoint, b"{}")
+    monkeypatch.setattr(tune, "_room", lambda _: 1)
+    tune._train_all(settings, storage, [one], say=lambda _: None)
+    kept = tune.index(storage, settings.output)[one.adapter_id]
+    assert (kept.status, kept.spatial_loss, kept.seconds) == ("ok", 0.5, 3.0)
+    assert not storage.exists(checkpoint)
+
+
+def test_what_another_driver_finished_before_the_lock_was_had_is_not_tuned_again(settings, monkeypatch):
+    storage, one = Storage(), adapter()
+    held = tune.lock.held
+
+    def after_the_other(*args):
+        tune._keep(storage, settings.output, one.model_copy(update={"status": "ok"}))
+        return held(*args)
+
+    monkeypatch.setattr(tune.lock, "held", after_the_other)
+    monkeypatch.setattr(tune, "_make", lambda *_: pytest.fail("it tunes"))
+    assert tune.tune(settings, storage, [one], say=lambda _: None)["ok"] == 1
+
+
+class FakeData:
+    """Stands for Ray Data: every row fails."""
+
+    def __init__(self, table):
+        self.rows = table.to_pylist()
+
+    def repartition(self, **_):
+        return self
+
+    def map_batches(self, *_, **__):
+        return self
+
+    def iter_rows(self):
+        fault = {"status": "failed", "error_code": ErrorCode.TRUNCATED, "error_message": "cut off"}
+        yield from (values | fault for values in self.rows)
+
+
+def test_a_reference_is_prepared_once_for_all_adapters_on_it_and_fails_for_all(settings, monkeypatch):
+    rows = [adapter(0, rank=4), adapter(0, rank=8), adapter(1, rank=4), adapter(0, rank=4, stride=7)]
+    seen = []
+    monkeypatch.setattr(prepare.ray.data, "from_arrow", lambda table: seen.append(table.num_rows) or FakeData(table))
+    monkeypatch.setattr(prepare.tracker, "start", lambda: None)
+    monkeypatch.setattr(prepare, "watched", lambda work, *_, **__: work())
+    Storage().write(prepare.place(settings.output, rows[2]), b"latents")
+    ended = prepare.prepare_all(settings, Storage(), rows, say=lambda _: None)
+    assert seen == [2]  # the first two share one, the last takes other frames
+    assert [one.adapter_id for one in ended] == [one.adapter_id for one in rows]
+    assert [one.status for one in ended] == ["failed", "failed", "planned", "failed"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [({}, [1, 2, 3]), ({"limit": 2}, [1, 2]), ({"retry_failed": True}, [0, 1, 2, 3])],
+    ids=["missing", "limit", "failed ones, too"],
+)
+def test_only_adapters_of_rows_that_are_to_be_made_are_tuned(tmp_path, monkeypatch, flags, expected):
+    own = {"method": "follow_your_motion", "method_settings": '{"preset":"nano"}', "caption": "a red circle"}
+    rows = []
+    for number in range(4):
+        values = own | {"reference_digest": f"{number:064x}"}
+        needed = adapters.wanted(row("a star", adapter_id="0" * 32, **values))
+        rows.append(row("a star", adapter_id=needed.adapter_id, **values))
+    chosen = TransferSettings(
+        manifest=write_manifest(tmp_path / "manifest", rows), output=str(tmp_path / "out"), tune=True, **flags
+    )
+    selection = transfer.manifest.check(Storage(), chosen.manifest, revision=rows[0].model_revision)
+    monkeypatch.setattr(Ledger, "done", lambda self: {rows[0].sample_id: "crashed"})
+    asked = []
+    monkeypatch.setattr(transfer.tune, "tune", lambda settings, storage, wanted, say: asked.extend(wanted))
+    transfer._with_adapters(chosen, Storage(), selection, say=lambda _: None)
+    assert [int(one.reference_digest, 16) for one in asked] == expected
