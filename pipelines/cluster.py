@@ -71,20 +71,22 @@ def cpus(settings: RaySettings) -> float:
 
 
 @contextlib.contextmanager
-def connected(settings: RaySettings, pools: Sequence[StageSettings]) -> Iterator[None]:
+def connected(settings: RaySettings, *turns: Sequence[StageSettings]) -> Iterator[None]:
     """Ray while the block runs: the cluster at `address` or RAY_ADDRESS, else a local one with enough logical CPUs.
+
+    Args:
+        turns: pools that run at the same time; where there are several turns, one after the other.
 
     Raises:
         RunFailed: the cluster does not offer what the pools need.
     """
     address = address_of(settings)
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    needed = needs(pools)
     on_sigterm = signal.getsignal(signal.SIGTERM)
     if address:
         ray.init(address=address, **quiet)
     else:
-        local = settings.num_cpus or max(os.cpu_count() or 1, math.ceil(needed["CPU"]))
+        local = settings.num_cpus or max(os.cpu_count() or 1, *(math.ceil(needs(pools)["CPU"]) for pools in turns))
         for name, value in _QUIET.items():
             os.environ.setdefault(name, value)
         with _native_stderr_closed():  # Ray's C++ prints there that it will now print less
@@ -92,11 +94,9 @@ def connected(settings: RaySettings, pools: Sequence[StageSettings]) -> Iterator
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray put its own in the place
     try:
-        if address:
-            with _demanded(pools):
-                wait_for(needed, settings.wait_s)
-        else:
-            wait_for(needed, 0)
+        for pools in turns:
+            with _demanded(pools) if address else contextlib.nullcontext():
+                wait_for(needs(pools), settings.wait_s if address else 0)
         yield
     finally:
         ray.shutdown()
@@ -159,8 +159,8 @@ def wait_for(needed: Mapping[str, float], seconds: float) -> None:
     while lacking := missing(needed, ray.cluster_resources()):
         if time.monotonic() >= deadline:
             raise RunFailed(
-                f"the cluster lacks {'; '.join(lacking)}. Make the pools smaller (encode/transfer/finish: actors, cpus, gpus), "
-                "or the cluster larger (ray.num_cpus for a local one)"
+                f"the cluster lacks {'; '.join(lacking)}. Make the pools of actors smaller (their actors, cpus, gpus, memory_gib; "
+                "--help names them), or the cluster larger (ray.num_cpus for a local one)"
             )
         time.sleep(min(2.0, max(0.1, deadline - time.monotonic())))
 

@@ -35,8 +35,12 @@ def run(settings: PlanSettings, say: Callable[[str], None] = print) -> dict[str,
     defaults = native(settings.model)
     methods = methods_of(settings, defaults)
     prompts = _prompts(storage, settings.prompts) if settings.prompts else []
+    if not settings.seeds:
+        raise UsageError("--seeds: give at least one")
     if repeated := [seed for seed, count in Counter(settings.seeds).items() if count > 1]:
         raise UsageError(f"--seeds: {repeated[0]} stands twice")
+    if storage.exists(settings.output) and not storage.is_folder(settings.output):
+        raise UsageError(f"--output {settings.output}: is a file; a manifest is a folder")
     try:
         revision, config = models.revision(settings.model, storage), models.config(settings.model, storage)
     except FileNotFoundError as error:
@@ -52,6 +56,8 @@ def run(settings: PlanSettings, say: Callable[[str], None] = print) -> dict[str,
         )
     if not clips:
         raise UsageError(f"--references {settings.references}: no usable clip")
+    _captions(settings, methods, clips)
+    asked = [_asked(clip, prompts, settings.limits.max_prompt_chars) for clip in clips]
     common = {
         "model": settings.model,
         "model_revision": revision,
@@ -64,9 +70,9 @@ def run(settings: PlanSettings, say: Callable[[str], None] = print) -> dict[str,
     }
     rows = [
         _row(clip, method, prompt, seed, settings, defaults, common)
-        for clip in clips
+        for clip, own in zip(clips, asked, strict=True)
         for method in methods
-        for prompt in _asked(clip, prompts)
+        for prompt in own
         for seed in settings.seeds
     ]
     _no_duplicates(rows)
@@ -78,7 +84,7 @@ def run(settings: PlanSettings, say: Callable[[str], None] = print) -> dict[str,
         "bad": len(bad),
         "prompts": len({row.prompt for row in rows}),
     }
-    each = {len(_asked(clip, prompts)) for clip in clips}
+    each = {len(own) for own in asked}
     say(
         f"{len(rows)} rows = {len(clips)} references x {'-'.join(map(str, sorted(each)))} prompts x {len(settings.seeds)} seeds "
         f"x {len(methods)} methods ({', '.join(dict.fromkeys(method.name for method in methods))})"
@@ -102,6 +108,8 @@ def _prompts(storage: Storage, uri: str) -> list[str]:
         text = storage.read(uri).decode("utf-8-sig")
     except FileNotFoundError as error:
         raise UsageError(f"--prompts {uri}: no such file") from error
+    except IsADirectoryError as error:
+        raise UsageError(f"--prompts {uri}: is a folder; give a text file, one prompt a line") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"--prompts {uri}: not UTF-8 text ({error})") from error
     prompts = (
@@ -124,18 +132,34 @@ def _vbench(uri: str, text: str) -> list[str]:
         ) from error
 
 
-def _asked(clip: Clip, prompts: list[str]) -> list[str]:
+def _captions(settings: PlanSettings, methods: list[Method], clips: list[Clip]) -> None:
+    """Refuses clips that a method cannot be tuned on, unless bad ones may be left out; then their rows fail, and say so."""
+    tuned = [method.name for method in methods if method.adapter is not None]
+    bare = [clip.reference.uri for clip in clips if not (clip.reference.caption or "").strip()]
+    if tuned and bare and not settings.skip_bad:
+        raise UsageError(
+            f"{bare[0]}{f' and {len(bare) - 1} more' if len(bare) > 1 else ''}: no caption, which {tuned[0]} is tuned with; "
+            "give captions in a references table (column caption), or plan other methods"
+        )
+
+
+def _asked(clip: Clip, prompts: list[str], most: int) -> list[str]:
     """The prompts of a clip: those of all, and its own.
 
     Raises:
-        UsageError: there are none.
+        UsageError: there are none, or one is longer than `most` characters.
     """
     own = [line.strip() for line in (clip.reference.prompts or "").splitlines() if line.strip()]
     if not prompts and not own:
         raise UsageError(
             f"{clip.reference.uri}: has no prompts; give --prompts FILE, or a column `prompts` in the references table"
         )
-    return list(dict.fromkeys([*prompts, *own]))
+    asked = list(dict.fromkeys([*prompts, *own]))
+    if long := [prompt for prompt in asked if len(prompt) > most]:
+        raise UsageError(
+            f"{clip.reference.uri}: a prompt of {len(long[0]):,} characters, limits.max_prompt_chars is {most:,}: {long[0]:.60}…"
+        )
+    return asked
 
 
 def methods_of(settings: PlanSettings, defaults: Native) -> list[Method]:
@@ -151,6 +175,10 @@ def methods_of(settings: PlanSettings, defaults: Native) -> list[Method]:
     preset = settings.preset or defaults.preset
     if unknown := settings.sweep.keys() - set(settings.methods):
         raise UsageError(f"sweep: {sorted(unknown)[0]!r} is not among --methods {','.join(settings.methods)}")
+    for name, swept in settings.sweep.items():
+        for path, values in swept.items():
+            if not values or any(values.count(value) > 1 for value in values):
+                raise UsageError(f"sweep: {name}: {path}: {values} must be one value or more, each once")
     try:
         return [
             build(name, {"preset": preset} | variant)

@@ -7,7 +7,7 @@ import difflib
 import io
 import json
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,10 +44,13 @@ def references(storage: Storage, uri: str) -> list[Reference]:
         return _table(storage, uri)
     pattern = any(character in uri for character in "*?[")
     names = storage.glob(uri) if pattern else storage.find(uri)
-    if not pattern and any(name.endswith(".parquet") for name in names):
-        inside = join(uri, "references")  # what synthesize writes
-        return _table(storage, inside if storage.is_folder(inside) else uri)
+    tables = [name for name in names if name.endswith(".parquet")]
     names = [name for name in names if Path(name).suffix.lower() in video.SUFFIXES]
+    inside = join(uri, "references")  # what synthesize writes
+    if tables and not pattern and storage.is_folder(inside):
+        return _table(storage, inside)
+    if tables and not pattern and not names:
+        return _table(storage, uri)
     if not names:
         raise UsageError(f"--references {uri}: no video there ({' '.join(sorted(video.SUFFIXES))})")
     return [Reference(uri=name) for name in names]
@@ -81,7 +84,12 @@ def _lines(storage: Storage, uri: str) -> Iterable[dict[str, Any]]:
         return
     text = storage.read(uri).decode("utf-8-sig")
     if uri.endswith(".csv"):
-        yield from csv.DictReader(io.StringIO(text, newline=""))
+        reader = csv.DictReader(io.StringIO(text, newline=""))
+        _no_misspelling(reader.fieldnames or ())
+        for number, line in enumerate(reader, start=1):
+            if None in line:
+                raise ValueError(f"row {number}: more cells than the header has; put quotes around a cell with a comma")
+            yield line
         return
     for number, line in enumerate(text.splitlines(), start=1):
         if line.strip():
@@ -98,13 +106,16 @@ def _parquet(storage: Storage, uri: str) -> Iterable[dict[str, Any]]:
     """Rows of a Parquet file or of a dataset partitioned by folders; columns that say nothing of a reference are left out."""
     filesystem, path = storage.arrow(uri)
     data = ds.dataset(path, filesystem=filesystem, partitioning="hive", format="parquet")
-    known = list(Reference.model_fields)
-    for name in data.schema.names:
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.8)
-        if name not in known and near and near[0] not in data.schema.names:
-            raise ValueError(f"column {name!r}: did you mean {near[0]!r}?")
-    for batch in data.to_batches(columns=[name for name in known if name in data.schema.names]):
+    _no_misspelling(data.schema.names)
+    for batch in data.to_batches(columns=[name for name in Reference.model_fields if name in data.schema.names]):
         yield from batch.to_pylist()
+
+
+def _no_misspelling(columns: Sequence[str]) -> None:
+    for name in columns:
+        near = difflib.get_close_matches(name, list(Reference.model_fields), n=1, cutoff=0.8)
+        if name not in Reference.model_fields and near and near[0] not in columns:
+            raise ValueError(f"column {name!r}: did you mean {near[0]!r}?")
 
 
 def open_all(

@@ -138,6 +138,8 @@ def tune(
         )
         say(estimate(chosen, config, settings))
         if settings.dry_run:
+            for row in unfit[:_SHOWN_BAD]:
+                say(f"unfit: {row.reference_uri}: {row.error_code}: {row.error_message}")
             return {"planned": len(chosen), "failed": 0}
         for row in unfit:
             _keep(storage, settings.output, row)
@@ -181,7 +183,7 @@ def _make(settings: TuneSettings, storage: Storage, chosen: list[AdapterRow], sa
         cpus=settings.training.cpus_per_worker,
         gpus=float(uses_gpus(settings)),
     )
-    with cluster.connected(settings.ray, (settings.training.prepare, worker)):
+    with cluster.connected(settings.ray, (settings.training.prepare,), (worker,)):
         storage.write(join(settings.output, "run", "settings.json"), settings.model_dump_json(indent=2).encode())
         ready = prepare_all(settings, storage, chosen, say)
         for row in ready:

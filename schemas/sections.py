@@ -12,6 +12,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_validator,
     model_validator,
 )
 from pydantic.functional_validators import BeforeValidator
@@ -41,6 +42,13 @@ class StorageSettings(Section):
     region: str | None = Field(default=None, description="AWS region")
     attempts: PositiveInt = Field(default=5, description="tries per storage operation, with exponential backoff")
     timeout_s: PositiveFloat = Field(default=60, description="seconds without a byte before an operation is retried")
+
+    @field_validator("endpoint_url")
+    @classmethod
+    def _no_credentials(cls, url: str | None) -> str | None:
+        if url and "@" in url:  # settings are written beside the results
+            raise ValueError("holds a user or a password; credentials come from the AWS environment or profile")
+        return url
 
 
 class LimitSettings(Section):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -82,6 +82,13 @@ class ModelSettings(JobSettings):
     fps: PositiveFloat | None = Field(
         default=None, allow_inf_nan=False, description="sample references at this rate; empty: as each file has"
     )
+
+    @field_validator("frames")
+    @classmethod
+    def _frames_fill_latents(cls, frames: int | None) -> int | None:
+        if frames is not None and (frames < 5 or frames % 4 != 1):
+            raise ValueError(f"{frames} is not 4k+1 and at least 5; use {max(5, (frames - 1) // 4 * 4 + 1)}")
+        return frames
 
 
 class PlanSettings(ModelSettings):
@@ -252,7 +259,7 @@ class SynthesizeSettings(JobSettings):
 class TuneSettings(ModelSettings):
     """References -> adapters, one training each, several at once. Run it again to make only what is missing."""
 
-    references: str = Field(description="folder, glob, s3:// prefix, or a references table, with captions")
+    references: str = Field(description="what synthesize wrote, or a references table with a caption column")
     output: str = Field(description="folder or prefix for adapters/, prepared/ and run/")
     method: str = Field(default="follow_your_motion", description="a method that is tuned")
     tuning: dict[str, Any] = Field(

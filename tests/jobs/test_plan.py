@@ -133,8 +133,23 @@ def test_shorter_clips_give_fewer_frames(settings, tmp_path):
         ({"methods": ("fastmvt",)}, "'fastmvt' is not one of"),
         ({"methods": ("none", "none")}, "each once"),
         ({"seeds": (1, 1)}, "--seeds: 1 stands twice"),
+        ({"seeds": ()}, "--seeds: give at least one"),
+        (
+            {"sweep": {"fastvmt": {"guidance.inner": []}}},
+            r"sweep: fastvmt: guidance.inner: \[\] must be one value or more",
+        ),
+        ({"sweep": {"fastvmt": {"guidance.inner": [5, 5]}}}, r"guidance.inner: \[5, 5\] must be .* each once"),
+        (
+            {"methods": ("none", "follow_your_motion")},
+            "line.mp4 and 1 more: no caption, which follow_your_motion is tuned with",
+        ),
+        (
+            {"limits": {"max_prompt_chars": 12}},
+            "a prompt of 22 characters, limits.max_prompt_chars is 12: a yellow star",
+        ),
+        ({"prompts": "/"}, "--prompts /: is a folder"),
+        ({"output": "/etc/hostname"}, "--output /etc/hostname: is a file"),
         ({"height": 50}, "height: Input should be a multiple of 16"),
-        ({"frames": 4}, "give fewer than 5|fewer than 5|cannot be used"),
         ({"preset": "default"}, "fastvmt reads block 14, but the model has blocks 0..7"),
         ({"references": "/nowhere"}, "no video there"),
         ({"references": "/nowhere.csv"}, "No such file"),
@@ -175,6 +190,24 @@ def test_a_parquet_table_may_say_more_but_not_nearly_the_same(settings, clips, t
     pq.write_table(pa.table({"uri": uris, "captoin": ["a ball", "a floor"]}), tmp_path / "typo.parquet")
     message, _ = refused(settings(references=str(tmp_path / "typo.parquet")))
     assert message.endswith("typo.parquet: column 'captoin': did you mean 'caption'?")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("uri,captoin\na.mp4,a ball\n", "column 'captoin': did you mean 'caption'?"),
+        ("uri,caption\na.mp4,a ball, red\n", "row 1: more cells than the header has"),
+    ],
+)
+def test_a_csv_that_is_not_quite_one_is_named(settings, tmp_path, text, message):
+    (tmp_path / "clips.csv").write_text(text)
+    assert message in refused(settings(references=str(tmp_path / "clips.csv")))[0]
+
+
+def test_a_folder_of_clips_stays_one_when_a_manifest_is_written_into_it(settings, clips, tmp_path):
+    shutil.copytree(clips, tmp_path / "clips")
+    own = settings(references=str(tmp_path / "clips"), output=str(tmp_path / "clips"))
+    assert [plan.run(own, lambda line: None)["rows"] for _ in range(2)] == [8, 8]
 
 
 def test_a_folder_of_parquet_files_is_one_table(settings, clips, tmp_path):

@@ -38,6 +38,18 @@ def test_memory_is_asked_for_and_an_actor_that_takes_nothing_is_not(asked):
         assert {"CPU": 1.0, "memory": 2 * 2**30} in asked[0]
 
 
+def test_pools_that_work_one_after_the_other_need_no_more_than_the_larger(asked):
+    """Preparing and training on the same three GPUs."""
+    turns = (StageSettings(gpus=1, actors=2),), (StageSettings(gpus=3),)
+    with cluster.connected(RaySettings(address="head:6379", wait_s=0), *turns):
+        assert [bundles.count({"CPU": 1.0, "GPU": 1.0}) for bundles in asked[::2]] == [2, 0]
+    with (
+        pytest.raises(cluster.RunFailed),
+        cluster.connected(RaySettings(address="head:6379", wait_s=0), sum(turns, ())),
+    ):
+        pass
+
+
 @pytest.mark.parametrize(
     ("stage", "most", "sizes"),
     [

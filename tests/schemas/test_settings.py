@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 import schemas
-from schemas import LimitSettings, PlanSettings, StageSettings, TransferSettings, cli
+from schemas import LimitSettings, PlanSettings, StageSettings, StorageSettings, TransferSettings, cli
 from schemas.sections import Section
 from schemas.settings import JobSettings
 
@@ -102,6 +102,19 @@ def test_pools_that_cannot_be_are_refused(values, message):
 def test_wrong_values_are_refused(values):
     with pytest.raises(ValidationError, match=next(iter(values))):
         plan(**values)
+
+
+@pytest.mark.parametrize(("frames", "instead"), [(18, 17), (3, 5), (4, 5)])
+def test_frames_that_do_not_fill_latents_are_refused_with_the_next_number_that_does(frames, instead):
+    with pytest.raises(ValidationError, match=f"{frames} is not 4k.1 and at least 5; use {instead}"):
+        PlanSettings(references="r", output="o", frames=frames)
+
+
+def test_an_endpoint_holds_no_credentials():
+    """Settings are written beside the results."""
+    assert StorageSettings(endpoint_url="https://s3.example.org:9000").endpoint_url
+    with pytest.raises(ValidationError, match="credentials come from the AWS environment"):
+        StorageSettings(endpoint_url="https://user:secret@s3.example.org")
 
 
 def test_one_import_gives_all_that_others_need():
