@@ -51,6 +51,11 @@ def run(settings: TransferSettings, say: Callable[[str], None] = print) -> dict[
         revision = models.revision(settings.model, storage)
     except FileNotFoundError as error:
         raise UsageError(f"--model {error}") from error
+    bare = [name for name in ("encode", "finish") if not getattr(settings, name).gpus]
+    if settings.transfer.gpus and settings.device != "cuda" and bare:
+        say(
+            f"note: {' and '.join(bare)} without GPUs ({bare[0]}.gpus=0): the VAE and the text encoder run on CPUs there, which is slow"
+        )
     selection = manifest.check(
         storage, settings.manifest, revision=revision, method=settings.method, samples=settings.samples
     )

@@ -183,6 +183,8 @@ def _make(settings: TuneSettings, storage: Storage, chosen: list[AdapterRow], sa
         cpus=settings.training.cpus_per_worker,
         gpus=float(uses_gpus(settings)),
     )
+    if worker.gpus and not settings.training.prepare.gpus:
+        say("note: training.prepare.gpus=0: references are encoded on CPUs, which is slow")
     with cluster.connected(settings.ray, (settings.training.prepare,), (worker,)):
         storage.write(join(settings.output, "run", "settings.json"), settings.model_dump_json(indent=2).encode())
         ready = prepare_all(settings, storage, chosen, say)
