@@ -92,19 +92,21 @@ def test_a_full_forward(size, teraflops):
 
 
 @pytest.mark.parametrize(
-    ("size", "policy", "most"),
+    ("name", "size", "policy", "most"),
     [
-        ("1.3B", "none", 1.57),
-        ("1.3B", "selective", 1.63),
-        ("1.3B", "full", 1.76),
-        ("14B", "none", 1.39),
-        ("14B", "selective", 1.46),
-        ("14B", "full", 1.53),
+        ("fastvmt", "1.3B", "none", 1.57),
+        ("fastvmt", "1.3B", "selective", 1.63),
+        ("fastvmt", "1.3B", "full", 1.76),
+        ("fastvmt", "14B", "none", 1.39),
+        ("fastvmt", "14B", "selective", 1.46),
+        ("fastvmt", "14B", "full", 1.53),
+        ("ditflow", "1.3B", "selective", 1.78),
+        ("ditflow", "14B", "selective", 1.57),
     ],
 )
-def test_fastvmt_over_plain_sampling(size, policy, most):
-    """50 steps with classifier-free guidance, 40 evaluations."""
-    ratio = 1 + METHODS["fastvmt"]().guidance.evaluations(50) * evaluation_of(CONFIGS[size], policy) / (
+def test_guided_over_plain_sampling(name, size, policy, most):
+    """50 steps with classifier-free guidance, 40 evaluations of FastVMT and 50 of DiTFlow."""
+    ratio = 1 + METHODS[name]().guidance.evaluations(50) * evaluation_of(CONFIGS[size], policy) / (
         100 * forward_of(CONFIGS[size])
     )
     assert round(ratio, 2) <= most
