@@ -118,6 +118,6 @@ def test_missing_truncated_and_deadly_videos_are_counted_and_the_rest_goes_on(ru
         deadly.stem: "crashed",
         sound.stem: None,
     }
-    assert "3 without metrics" in text and "1 crashed" in text
+    assert "3 without metrics" in text and "crashed 1" in text
     summary = json.loads((tmp_path / "eval" / "run" / "summary.json").read_text())
     assert (summary["results"], summary["measured"], summary["failed"]) == (4, 1, 3)
