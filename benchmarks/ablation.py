@@ -62,7 +62,9 @@ def main() -> None:
         for one in outcomes:
             made = record.get(one.name, part[0].seed)
             if made is None:
-                made = transfers.run(backbone, reader, known[one.name], sampling, part, latents, name=one.name)
+                made = transfers.run(
+                    backbone, reader, known[one.name], sampling, part, latents, name=one.name, batch=len(part)
+                )
                 record.put(part[0].seed, made)
             one.add(made)
         clips = [[render(pair.reference) for pair in part], *(one.clips[-len(part) :] for one in outcomes[:3])]
