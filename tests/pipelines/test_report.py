@@ -16,7 +16,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from pipelines.report import link, render
 from schemas.errors import ErrorCode
@@ -251,42 +251,42 @@ def spread(times: list[float]) -> float:
 
 def test_gallery_in_a_browser(browser: Browser, tmp_path: Path) -> None:
     page, errors = opened(browser, tmp_path, three_groups(tmp_path))
-    assert page.locator(".group").count() == 3
-    assert page.locator(".card.result").count() == 9
-    assert page.locator(".card.reference").count() == 3
-    assert "prompt 0 </script>" in page.locator(".group h2").first.inner_text()
+    expect(page.locator(".group")).to_have_count(3)
+    expect(page.locator(".card.result")).to_have_count(9)
+    expect(page.locator(".card.reference")).to_have_count(3)
+    expect(page.locator(".group h2").first).to_contain_text("prompt 0 </script>")
 
     failed = page.locator(".card.failed")
-    assert failed.count() == 1
-    assert "crashed" in failed.inner_text()
-    assert "the worker died </script>" in failed.inner_text()
+    expect(failed).to_have_count(1)
+    expect(failed).to_contain_text("crashed")
+    expect(failed).to_contain_text("the worker died </script>")
     table = page.locator("#failures tbody tr")
-    assert table.count() == 1
-    assert "the worker died" in table.inner_text()
+    expect(table).to_have_count(1)
+    expect(table).to_contain_text("the worker died")
 
     page.get_by_text("ditflow", exact=True).first.click()
-    assert page.locator(".card.result").count() == 3
+    expect(page.locator(".card.result")).to_have_count(3)
     assert {page.locator(".card.result").nth(i).get_attribute("data-method") for i in range(3)} == {"ditflow"}
     page.get_by_text("ditflow", exact=True).first.click()
     page.select_option("#category", "kind1")
-    assert page.locator(".group").count() == 1
+    expect(page.locator(".group")).to_have_count(1)
     page.select_option("#category", "")
     page.select_option("#status", "failed")
-    assert page.locator(".card.result").count() == 1
+    expect(page.locator(".card.result")).to_have_count(1)
     page.select_option("#status", "")
 
     page.keyboard.press("/")
     page.keyboard.type("clip2 prompt")  # both words, in reference and prompt
     until(page, "document.querySelectorAll('.group').length === 1")
-    assert "prompt 2" in page.locator(".group h2").inner_text()
+    expect(page.locator(".group h2")).to_contain_text("prompt 2")
     page.fill("#search", "no such thing")
     until(page, "document.querySelectorAll('.group').length === 0")
     page.get_by_role("button", name="Clear filters").click()
-    assert page.locator(".group").count() == 3
+    expect(page.locator(".group")).to_have_count(3)
 
     page.locator(".card.result summary").first.click()
     until(page, "document.querySelector('.card.result pre').textContent !== ''")
-    settings = json.loads(page.locator(".card.result pre").first.inner_text())
+    settings = json.loads(page.locator(".card.result pre").first.text_content() or "")
     assert settings["method_settings"] == {"start": {"kind": "noise"}}
     assert settings["seed"] == 0
     assert errors == []
@@ -313,9 +313,9 @@ def test_a_sample_has_a_page_of_its_own_that_says_how_to_make_it_again(browser: 
     page.get_by_role("link", name="Link").nth(4).click()
     until(page, "document.querySelectorAll('.card.result').length === 1")
     assert page.url.endswith(f"#{rows[4]['sample_id']}")
-    page.locator(".again").wait_for()  # its details open a moment after the card is there
-    command = page.locator(".again").inner_text()
-    assert command == (
+    again = page.locator(".again")
+    expect(again).to_be_visible()
+    expect(again).to_have_text(
         f"python jobs/transfer.py --manifest 'my manifest' --model tiny --adapters 'my adapters' "
         f"--output out/again --samples {rows[4]['sample_id']}"
     )
@@ -336,10 +336,11 @@ def test_videos_of_a_group_play_in_step(browser: Browser, tmp_path: Path) -> Non
     page.select_option("#speed", "0.25")
     until(page, "document.querySelector('.group video').currentTime < 0.3")
     page.evaluate("document.querySelectorAll('.group video')[1].currentTime = 0.9")
-    page.wait_for_timeout(700)
-    times = moments(page)
-    assert 0 < times[0] < 0.8
-    assert spread(times) <= 2
+    until(
+        page,
+        f"""(([first, second]) => first < 0.8 && Math.abs(first - second) <= {2 / FPS})(
+            [...document.querySelectorAll('.group video')].map((video) => video.currentTime))""",
+    )
 
     page.keyboard.press("Space")
     until(page, "[...document.querySelectorAll('video')].every((video) => video.paused && !video.seeking)")
@@ -385,10 +386,10 @@ def test_ten_thousand_rows(browser: Browser, tmp_path: Path) -> None:
     page.fill("#search", "clip1")
     until(page, "document.getElementById('count').textContent.startsWith('3,33')")
     print(f"searched in {time.perf_counter() - begin:.2f} s")
-    for _ in range(3):  # far down: more groups are drawn, those left behind let go of their videos
-        page.evaluate("document.getElementById('more').scrollIntoView()")
-        page.wait_for_timeout(400)
-    assert page.locator(".group").count() > 48
-    page.wait_for_timeout(300)
-    assert page.evaluate("document.querySelectorAll('video[src]').length") < 75
+    # far down: more groups are drawn, those left behind let go of their videos
+    until(
+        page,
+        """document.getElementById('more').scrollIntoView() || document.querySelectorAll('.group').length > 48""",
+    )
+    until(page, "document.querySelectorAll('video[src]').length < 75")
     assert errors == []
