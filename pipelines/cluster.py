@@ -21,8 +21,14 @@ from schemas import RaySettings, StageSettings
 
 #: Logical CPUs that Ray Data itself wants at once beside the pools: read, repartition, write, and the filter of what is done.
 ENGINE_CPUS = 4
-#: Ray's own processes on one machine: no warnings about things that are as they should be.
-_QUIET = {"RAY_BACKEND_LOG_LEVEL": "fatal", "RAY_worker_maximum_startup_concurrency": "16"}
+#: Ray of one machine: no warnings about things that are as they should be, no worker before there is work (one for each logical CPU, of
+#: which there are more than real ones), and one process, not 32, that reads the footers of a table's files.
+_LOCAL = {
+    "RAY_BACKEND_LOG_LEVEL": "fatal",
+    "RAY_worker_maximum_startup_concurrency": "16",
+    "RAY_prestart_worker_first_driver": "0",
+    "RAY_DATA_PARQUET_FOOTER_NUM_ACTORS": "1",
+}
 _LABELS = {"CPU": "CPUs", "GPU": "GPUs", "memory": "GiB of memory"}
 
 
@@ -87,7 +93,7 @@ def connected(settings: RaySettings, *turns: Sequence[StageSettings]) -> Iterato
         ray.init(address=address, **quiet)
     else:
         local = settings.num_cpus or max(os.cpu_count() or 1, *(math.ceil(needs(pools)["CPU"]) for pools in turns))
-        for name, value in _QUIET.items():
+        for name, value in _LOCAL.items():
             os.environ.setdefault(name, value)
         with _native_stderr_closed():  # Ray's C++ prints there that it will now print less
             ray.init(address="local", num_cpus=local, include_dashboard=False, **quiet)

@@ -16,9 +16,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from diffusers import WanTransformer3DModel
 from jaxtyping import Float
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ from vmt_core.backbone.taps import checkpointed
 from vmt_core.backbone.wan import Backbone
 from vmt_core.shapes import Frames, Latents, Text
 from vmt_core.tuning import Batch, Schedule, StepLogs
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
 
 
 def weights(state: Mapping[str, Tensor], stage: str, settings: FollowYourMotion) -> Weights:

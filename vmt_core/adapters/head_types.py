@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
-from diffusers import WanTransformer3DModel
 from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from torch import Tensor
@@ -24,6 +23,7 @@ from vmt_core.backbone.taps import rotate
 from vmt_core.shapes import LatentBatch, TextBatch
 
 if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
     from PIL.Image import Image
 
 #: Noise levels that scores are averaged over; the published code reads a single one where the maps are almost free of content.

@@ -14,18 +14,19 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
-from diffusers import WanTransformer3DModel
 from jaxtyping import Bool
-from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vmt_core.adapters.settings import TARGETS, Target
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
 
 _COMFY = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
 _METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
@@ -57,6 +58,8 @@ def add(
     Raises:
         ValueError: no head is chosen at all.
     """
+    from peft import LoraConfig
+
     layers = [index for index, row in enumerate(heads) if bool(row.any())]
     if not layers:
         raise ValueError(f"adapter {name}: no layer has a head of this kind; use rule median, or another clip")
@@ -114,6 +117,8 @@ def train_only(transformer: WanTransformer3DModel, name: str, beside: Sequence[s
 
 def state(transformer: WanTransformer3DModel, name: str) -> Weights:
     """An adapter's weights, fp32 on the CPU."""
+    from peft import get_peft_model_state_dict
+
     weights: Weights = get_peft_model_state_dict(transformer, adapter_name=name)
     return {key: value.detach().float().cpu().contiguous() for key, value in weights.items()}
 

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import WanTransformer3DModel
-from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
 
 THETA = 10000.0  # of Wan
 
@@ -29,6 +30,8 @@ def temporal_positions(transformer: WanTransformer3DModel, positions: Sequence[f
     if positions is None:
         yield
         return
+    from diffusers.models.embeddings import get_1d_rotary_pos_embed
+
     rope: Any = transformer.rope
     tables = get_1d_rotary_pos_embed(
         rope.t_dim,

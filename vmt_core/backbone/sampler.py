@@ -12,7 +12,6 @@ from typing import Literal, Protocol
 
 import numpy as np
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
 from jaxtyping import Float
 from torch import Tensor
 
@@ -39,6 +38,8 @@ class Schedule:
         """Wan's schedule: u from `strength` (0, 1] to 0 in equal steps, sigma = shift u / (1 + (shift - 1) u)."""
         if not 0 < strength <= 1:
             raise ValueError(f"strength={strength} is not in (0, 1]")
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
         scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
         scheduler.set_timesteps(sigmas=np.linspace(strength, 0, steps + 1)[:-1])
         return cls(scheduler.sigmas.float().cpu(), scheduler.timesteps.float().cpu())

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from vmt_core.backbone.geometry import Geometry, Tap
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
 
 CheckpointName = Literal["none", "selective", "full"]
 BatchedFeatures = dict[Tap, Tensor | tuple[Tensor, Tensor]]

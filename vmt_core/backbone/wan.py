@@ -11,19 +11,19 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
-from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor
-from transformers import AutoTokenizer, UMT5EncoderModel
 
 from vmt_core.backbone import taps
 from vmt_core.backbone.geometry import Geometry, Tap
 from vmt_core.backbone.weights import locate
 from vmt_core.precision import fast_dtype
 from vmt_core.shapes import Frames, LatentBatch, Latents, Text, TextBatch
+
+if TYPE_CHECKING:
+    from diffusers import WanTransformer3DModel
 
 Part = Literal["transformer", "vae", "text"]
 ALL_PARTS: tuple[Part, ...] = ("transformer", "vae", "text")
@@ -65,6 +65,8 @@ class Backbone:
             FileNotFoundError: no such folder, or it lacks a part.
             ValueError: not a Wan 2.1 text-to-video model.
         """
+        from diffusers import AutoencoderKLWan, WanTransformer3DModel  # here: seconds, which a driver has no use for
+
         path = locate(model)
         for folder in dict.fromkeys(folder for part in parts for folder in _FOLDERS[part]):
             if not (path / folder).is_dir():
@@ -90,6 +92,8 @@ class Backbone:
             vae = AutoencoderKLWan.from_pretrained(path, subfolder="vae", dtype=torch.float32, **safe)
             self.parts["vae"] = vae.eval().requires_grad_(False).to(device)
         if "text" in parts:
+            from transformers import AutoTokenizer, UMT5EncoderModel
+
             text = UMT5EncoderModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype, **safe)
             self.parts["text"] = text.eval().requires_grad_(False).to(device)
             self.parts["tokenizer"] = AutoTokenizer.from_pretrained(path / "tokenizer")
@@ -143,6 +147,8 @@ class Backbone:
 
         One prompt a call, so that an embedding never depends on its neighbours in a batch.
         """
+        from diffusers.pipelines.wan.pipeline_wan import prompt_clean
+
         tokens = self.parts["tokenizer"](
             [prompt_clean(prompt)],
             padding="max_length",
