@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipelines import adapters, manifest, models
+from pipelines import adapters, manifest, models, progress
 from pipelines.references import Clip, open_all, references
 from pipelines.storage import Storage, absolute
 from schemas import ManifestRow, PlanSettings, UsageError, first_fault
@@ -77,7 +77,7 @@ def run(settings: PlanSettings, say: Callable[[str], None] = print) -> dict[str,
     ]
     _no_duplicates(rows)
     manifest.write(storage, settings.output, rows)
-    estimate = _estimate(rows, methods, config, settings.tflops)
+    estimate = _estimate(rows, methods, config)
     counts = {
         "rows": len(rows),
         "references": len(clips),
@@ -92,8 +92,7 @@ def run(settings: PlanSettings, say: Callable[[str], None] = print) -> dict[str,
     )
     say(
         f"estimate: {estimate['evaluations']:,} guidance gradients, {estimate['flops']:.3g} FLOPs, "
-        f"{estimate['gpu_hours']:.3g} GPU hours at {settings.tflops:g} TFLOP/s (the denoiser alone), "
-        f"about {estimate['bytes'] / 1e6:,.1f} MB of video"
+        f"{progress.gpu_time(estimate['flops'], settings.tflops)} (the denoiser alone), about {progress.size(estimate['bytes'])} of video"
     )
     if settings.model == nano.NAME:
         say(f"note: {nano.NOTICE}")
@@ -262,8 +261,8 @@ def _no_duplicates(rows: list[ManifestRow]) -> None:
             raise UsageError(f"{row.reference_uri} and {other.reference_uri} are the same clip; leave one of them out")
 
 
-def _estimate(rows: list[ManifestRow], methods: list[Method], config: dict[str, Any], tflops: float) -> dict[str, Any]:
-    """Guidance gradients, FLOPs of the denoiser, GPU hours at a rate, bytes of video."""
+def _estimate(rows: list[ManifestRow], methods: list[Method], config: dict[str, Any]) -> dict[str, Any]:
+    """Guidance gradients, FLOPs of the denoiser, bytes of video."""
     by_settings = {_settings(method): method for method in methods}
     patch = config["patch_size"]
     total, evaluations, size = 0.0, 0, 0.0
@@ -276,4 +275,4 @@ def _estimate(rows: list[ManifestRow], methods: list[Method], config: dict[str, 
         total += count * flops.video(config, geometry, by_settings[made], steps, scale)
         evaluations += count * (guidance.evaluations(steps) if guidance else 0)
         size += count * frames * height * width * _BITS_PER_PIXEL / 8
-    return {"evaluations": evaluations, "flops": total, "gpu_hours": total / (tflops * 1e12) / 3600, "bytes": size}
+    return {"evaluations": evaluations, "flops": total, "bytes": size}

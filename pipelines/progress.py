@@ -63,6 +63,20 @@ def codes(counts: Mapping[str, int], most: int = 3) -> str:
     return ", ".join(f"{code} {count}" for code, count in ordered[:most]) + (", …" if len(ordered) > most else "")
 
 
+def gpu_time(flops: float, tflops: float) -> str:
+    """`3.3 h of one GPU at 400 TFLOP/s`."""
+    seconds = flops / (tflops * 1e12)
+    return f"{duration(seconds) if seconds >= 1 else 'under 1 s'} of one GPU at {tflops:g} TFLOP/s"
+
+
+def size(count: float) -> str:
+    """Of bytes: `42 kB`, `7.1 MB`, `3.3 GB`."""
+    for unit, name in ((1e9, "GB"), (1e6, "MB")):
+        if count >= unit:
+            return f"{count / unit:,.1f} {name}"
+    return f"{count / 1e3:.0f} kB"
+
+
 def duration(seconds: float) -> str:
     """`42 s`, `7 min`, `3.3 h`."""
     if seconds < 90:

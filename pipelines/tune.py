@@ -249,8 +249,8 @@ def estimate(chosen: list[AdapterRow], config: dict[str, Any], settings: TuneSet
         steps += tuning.spatial.steps + tuning.temporal.steps
         memory = max(memory, cost.parameters)
     return (
-        f"estimate: {steps:,} steps, {total:.3g} FLOPs, {total / (settings.tflops * 1e12) / 3600:.3g} GPU hours at "
-        f"{settings.tflops:g} TFLOP/s, {memory / 1e6:,.3g} M trained weights an adapter "
+        f"estimate: {steps:,} steps, {total:.3g} FLOPs, {progress.gpu_time(total, settings.tflops)}, "
+        f"{memory / 1e6:,.3g} M trained weights an adapter "
         f"({16 * memory / 2**30:.2g} GiB with gradients and optimizer)"
     )
 

@@ -62,7 +62,7 @@ def test_the_command_prints_counts_and_an_estimate(model, clips, prompts, tmp_pa
     )  # fmt: skip
     assert code == 0, text
     assert "16 rows = 2 references x 2 prompts x 2 seeds x 2 methods (fastvmt, ditflow)" in text
-    assert "GPU hours at 400 TFLOP/s" in text
+    assert "under 1 s of one GPU at 400 TFLOP/s" in text
     assert "guidance gradients" in text
 
 

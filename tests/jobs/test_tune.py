@@ -92,7 +92,7 @@ def test_a_second_run_makes_nothing(tuned, model, captioned):
 def test_a_dry_run_says_what_it_would_cost_and_makes_nothing(model, captioned, tmp_path):
     code, text = jobs.here("tune", *flags(model, captioned, tmp_path / "out"), "--dry-run")
     assert code == 0
-    assert "2 to tune now" in text and "FLOPs" in text and "GPU hours" in text and "M trained weights" in text
+    assert "2 to tune now" in text and "FLOPs" in text and "of one GPU at" in text and "M trained weights" in text
     assert not (tmp_path / "out").exists()
 
 

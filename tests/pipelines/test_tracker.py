@@ -241,6 +241,12 @@ def test_the_line_of_progress(now, line):
     assert progress.line(now, 40) == line
 
 
+def test_estimates_are_told_in_units_that_people_read():
+    assert progress.gpu_time(1e12, 400) == "under 1 s of one GPU at 400 TFLOP/s"
+    assert progress.gpu_time(4e14 * 2 * 3600, 400) == "2.0 h of one GPU at 400 TFLOP/s"
+    assert [progress.size(count) for count in (400, 41_600, 7.1e6, 3.3e12)] == ["0 kB", "42 kB", "7.1 MB", "3,300.0 GB"]
+
+
 # ---- the watchdog, on real processes
 
 HANG = """
