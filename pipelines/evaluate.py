@@ -159,7 +159,8 @@ def page(
                 fault = (
                     {name: getattr(metrics[key], name) for name in _FAULT} if metrics[key].status == "failed" else {}
                 )
-                shown.append(row | fault | {"metrics": values} | tracks.get(key, {}))
+                of = {"run": run} if len(settings.run) > 1 else {}
+                shown.append(row | fault | of | {"metrics": values} | tracks.get(key, {}))
     # methods as in the comparison: what others are compared to comes first
     order = {method: place for place, method in enumerate(dict.fromkeys(line.method for line in lines))}
     shown.sort(key=lambda row: (row["reference_uri"], row["prompt"], row["seed"], order.get(row["method"], len(order))))

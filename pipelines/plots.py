@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,12 +18,13 @@ def intervals(lines: Sequence[Line], metric: str) -> str:
     shown = [line for line in lines if line.category == ALL and metric in line.cells][::-1]
     if not shown:
         return ""
-    figure, axes = _figure(4.6, 0.5 + 0.3 * len(shown))
+    labels = [_wrapped(line.label) for line in shown]
+    figure, axes = _figure(4.6, 0.5 + (0.16 + 0.14 * max(label.count("\n") + 1 for label in labels)) * len(shown))
     for place, line in enumerate(shown):
         cell = line.cells[metric]
         axes.plot([cell.low, cell.high], [place, place], color=_INK, linewidth=1.2)
         axes.plot(cell.mean, place, "o", color=_INK, markersize=5)
-    axes.set_yticks(range(len(shown)), [line.label for line in shown], parse_math=False)  # a prompt may stand in it
+    axes.set_yticks(range(len(shown)), labels, parse_math=False)  # a prompt may stand in it
     axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.grid(axis="x", alpha=0.2)
     better = {True: "more is better", False: "less is better", None: ""}[BETTER[metric]]
@@ -43,7 +45,7 @@ def against_seconds(lines: Sequence[Line], metric: str = "motion") -> str:
         # neighbours' names are apart: above and below in turns
         end, offset, side = (y.low, -4, "top") if turn % 2 else (y.high, 4, "bottom")
         axes.annotate(
-            line.label,
+            _wrapped(line.label),
             (x, end),
             (0, offset),
             textcoords="offset points",
@@ -58,6 +60,11 @@ def against_seconds(lines: Sequence[Line], metric: str = "motion") -> str:
     axes.margins(x=0.25, y=0.2)
     axes.grid(alpha=0.2)
     return _svg(figure)
+
+
+def _wrapped(label: str) -> str:
+    """A label in three lines of 30 characters at most, which leaves room for what is drawn; the table has the whole of it."""
+    return textwrap.fill(label, 30, max_lines=3, placeholder=" …")
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

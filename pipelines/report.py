@@ -32,12 +32,12 @@ from schemas.rows import ResultRow
 
 #: Text columns travel as indexes into a pool of distinct strings, the others as numbers. Text as well are the seed,
 #: which may exceed what JavaScript holds exactly, the links to the result, to the reference as the model saw it,
-#: and to the original clip, and the tracks of points that can be drawn over both.
+#: and to the original clip, the tracks of points that can be drawn over both, and the run, where a page shows several.
 ROWS = 10_000  # that a page shows at most: failures first
 _SCHEMA = {field.name: str(field.type) for field in ResultRow.arrow_schema()}
 _TEXT = (
     *(name for name, kind in _SCHEMA.items() if kind == "string"),
-    *("seed", "video", "reference", "source", "tracks", "reference_tracks"),
+    *("seed", "video", "reference", "source", "tracks", "reference_tracks", "run"),
 )
 _NUMBERS = tuple(name for name, kind in _SCHEMA.items() if kind != "string" and name != "seed")
 _STAGES = ("encode", "transfer", "finish")
@@ -69,7 +69,7 @@ def render(
             by stage a curve of (step, loss, validation loss)).
         output: the OUT prefix (a path or a URL); what lies below it is linked relatively, so that OUT can be moved.
         lines: of the comparison of methods; rows may then hold `metrics`, a dict of numbers, and tracks as
-            `vmt_core.metrics.motion.packed` makes them.
+            `vmt_core.metrics.motion.packed` makes them, and their run.
         place: folder of the page below OUT.
     """
     rows = list(rows)

@@ -8,7 +8,7 @@ import io
 import json
 import math
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,10 +138,7 @@ def compare(rows: Iterable[MetricRow], baseline: str, draws: int = 2000) -> list
 def label(variants: Iterable[_Variant]) -> dict[_Variant, str]:
     """A name for every variant: the method, and what sets it apart from the same method's others."""
     variants = sorted(variants)
-    runs = {run for run, *_ in variants}
-    short = {run: run.rstrip("/").rsplit("/", 1)[-1] for run in runs}
-    if len(set(short.values())) < len(runs):
-        short = {run: run for run in runs}
+    short = _short({run for run, *_ in variants})
     names = {}
     for variant in variants:
         run, method = variant[:2]
@@ -153,6 +150,16 @@ def label(variants: Iterable[_Variant]) -> dict[_Variant, str]:
             parts.append(f"({short[run]})")
         names[variant] = " ".join(parts)
     return names
+
+
+def _short(runs: Collection[str]) -> dict[str, str]:
+    """A name for every run: the end of its place, as long as it takes to tell all of them apart."""
+    parts = {run: run.rstrip("/").split("/") for run in runs}
+    for length in range(1, max(map(len, parts.values()), default=0) + 1):
+        names = {run: "/".join(own[-length:]) for run, own in parts.items()}
+        if len(set(names.values())) == len(names):
+            return names
+    return {run: run for run in runs}
 
 
 def _settings(variant: _Variant) -> dict[str, Any]:

@@ -68,6 +68,17 @@ def test_the_page_has_the_failures_first_when_there_are_too_many_rows(tmp_path, 
     assert len(shown) == 25 and shown >= set(range(0, 200, 10))
 
 
+def test_a_page_of_several_runs_knows_the_run_of_a_row(tmp_path):
+    one, other = measured(tmp_path / "one", 10), measured(tmp_path / "other", 10)
+    (metrics,) = Path(measure.folder_of(other)).rglob("*.parquet")
+    metrics.rename(Path(measure.folder_of(one)) / "other.parquet")
+    both = one.model_copy(update={"run": [*one.run, *other.run]})
+    for settings, known in ((one, False), (both, True)):
+        evaluate.run(settings, say=lambda line: None)
+        page = (tmp_path / "one" / "eval" / "report.html").read_text()
+        assert [f'"{run}"' in page for run in both.run] == [known, known]
+
+
 def test_metrics_that_no_longer_agree_with_their_results_are_measured_again(tmp_path):
     """One result is gone, one was made again after it had failed, one metric failed for a reason that may be gone, one stands twice."""
     settings = measured(tmp_path, 30)

@@ -322,6 +322,18 @@ def test_a_sample_has_a_page_of_its_own_that_says_how_to_make_it_again(browser: 
     assert errors == []
 
 
+def test_twins_say_what_tells_them_apart(browser: Browser, tmp_path: Path) -> None:
+    """One method with two settings, and one pair of settings in two runs that are shown on one page."""
+    fast, _, none, *_ = three_groups(tmp_path)
+    settings = [{"method_settings": f'{{"guidance":{{"inner":{inner}}}}}'} for inner in (3, 5)]
+    twins = [fast | values | {"run": run} for run in ("out/a", "out/b") for values in settings]
+    page, errors = opened(browser, tmp_path, [none | {"run": "out/a"}, *twins])
+    expect(page.locator(".differs")).to_have_text(
+        [f'run="out/{name}" guidance.inner={inner}' for name in "ab" for inner in (3, 5)]
+    )
+    assert errors == []
+
+
 def test_videos_of_a_group_play_in_step(browser: Browser, tmp_path: Path) -> None:
     page, errors = opened(browser, tmp_path, three_groups(tmp_path))
     until(page, "[...document.querySelector('.group').querySelectorAll('video')].every((v) => v.currentTime > 0)")
