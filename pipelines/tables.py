@@ -20,6 +20,7 @@ from schemas import MetricRow
 BETTER: dict[str, bool | None] = {
     "motion": True,
     "motion_matched": True,
+    "motion_followed": None,
     "moving": None,
     "smoothness": True,
     "flow_consistency": True,

@@ -260,6 +260,7 @@ class MetricRow(Row):
     seconds: float | None = Field(default=None, description="of all stages, the tuning not counted")
     evaluations: int | None = None
     motion: float | None = None
+    motion_followed: float | None = Field(default=None, description="share of what moves that `motion` is a mean of")
     motion_matched: float | None = None
     moving: float | None = None
     moving_reference: float | None = None

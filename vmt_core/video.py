@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import av.error
 import numpy as np
 import torch
 from av.container import InputContainer
+from av.video.reformatter import ColorPrimaries, ColorRange, ColorTrc
 from av.video.stream import VideoStream
 
 from schemas.errors import ErrorCode, RowError
@@ -30,6 +31,8 @@ SUFFIXES = frozenset(
     {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".wmv", ".gif"}
 )
 
+#: The matrix that FFmpeg makes yuv with, by its number. It is said in what is written, as players take large videos for BT.709 otherwise.
+_BT601 = 6
 #: How much of its time a frame gives to the one after: nearly half, so that rounded timestamps never decide between two.
 _EARLY = 0.45
 
@@ -57,13 +60,14 @@ def probe(path: str | Path, limits: LimitSettings) -> VideoInfo:
             next(container.decode(stream))
         except (StopIteration, av.error.FFmpegError) as error:
             raise RowError(ErrorCode.TRUNCATED, f"{path}: no frame can be decoded ({error or 'no data'})") from error
-        if stream.frames:
-            found = _packets(container, stream)
-            if found < 0.99 * info.frames - 1:
-                raise RowError(
-                    ErrorCode.TRUNCATED,
-                    f"{path}: its header promises {info.frames} frames, but the file holds {found}",
-                )
+        found = _packets(container, stream) if stream.frames or not info.frames else info.frames
+    if not info.frames:  # a live recording does not know its length
+        info = replace(info, frames=found)
+        _within(path, found, found / info.fps, limits)
+    if found < 0.99 * info.frames - 1:
+        raise RowError(
+            ErrorCode.TRUNCATED, f"{path}: its header promises {info.frames} frames, but the file holds {found}"
+        )
     return info
 
 
@@ -104,13 +108,14 @@ def read(
         wanted = start / info.fps + np.arange(frames) / fps
         stop = end / info.fps if end is not None else float("inf")
         taken, last, step = 0, -1.0, 1 / info.fps
+        stretch = float(stream.sample_aspect_ratio or 1)
         current: av.VideoFrame | None = None
         try:
             for time, frame in _timed(container, stream, wanted[0]):
                 if current is not None:  # it is shown until this one
                     until = min(time, stop) - _EARLY * min(step, time - last)
                     while taken < frames and wanted[taken] < until:
-                        out[taken] = _cover(current, height, width)
+                        out[taken] = _cover(current, height, width, stretch)
                         taken += 1
                 if taken == frames or time >= stop - 1e-6:
                     break
@@ -122,7 +127,7 @@ def read(
             shown = float((current.duration or 0) * (stream.time_base or 0))  # the last frame may stand for long
             until = min(stop, last + max(step, shown)) - _EARLY * step
             while taken < frames and wanted[taken] < until:
-                out[taken] = _cover(current, height, width)
+                out[taken] = _cover(current, height, width, stretch)
                 taken += 1
     if taken < frames:
         promised = clip_frames(info, start, end, fps, frames)
@@ -155,6 +160,9 @@ def write(
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames.shape[-2:]
         stream.pix_fmt = "yuv420p"
+        context = stream.codec_context
+        context.colorspace, context.color_range = _BT601, ColorRange.MPEG
+        context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.IEC61966_2_1
         # mbtree makes libx264 write other bytes for the same frames, now and then
         stream.options = {"crf": str(crf), "preset": preset, "x264-params": "mbtree=0"}
         for image in frames.permute(0, 2, 3, 1).contiguous().numpy():
@@ -175,7 +183,7 @@ def verify(path: str | Path, *, frames: int, height: int, width: int) -> None:
         RowError: encode_failed, if it does not hold exactly these frames.
     """
     try:
-        with av.open(str(path), options={"format_whitelist": _FORMATS}) as container:
+        with av.open(str(path), options={"format_whitelist": _FORMATS}, metadata_errors="replace") as container:
             shapes = [(frame.height, frame.width) for frame in container.decode(video=0)]
     except av.error.FFmpegError as error:
         raise RowError(ErrorCode.ENCODE_FAILED, f"{path}: the written video does not decode: {error}") from error
@@ -192,7 +200,11 @@ def _open(path: str | Path) -> InputContainer:
     if Path(path).stat().st_size == 0:
         raise RowError(ErrorCode.REFERENCE_EMPTY, f"{path}: the file has no bytes")
     try:
-        return av.open(str(path), options={"format_whitelist": _FORMATS, "protocol_whitelist": "file"})
+        return av.open(
+            str(path),
+            options={"format_whitelist": _FORMATS, "protocol_whitelist": "file"},
+            metadata_errors="replace",  # a title in Latin-1 makes no clip bad
+        )
     except av.error.FFmpegError as error:
         with open(path, "rb") as file:
             begins_as_mp4 = file.read(12)[4:8] == b"ftyp"
@@ -233,14 +245,18 @@ def _inspect(path: str | Path, container: InputContainer, limits: LimitSettings)
             ErrorCode.TOO_MANY_PIXELS,
             f"{path}: {width}x{height} is over limits.max_pixels={limits.max_pixels}; scale it down",
         )
-    if count > limits.max_frames or seconds > limits.max_duration_s:
-        raise RowError(
-            ErrorCode.TOO_MANY_FRAMES,
-            f"{path}: {count} frames, {seconds:.0f} s are over limits.max_frames={limits.max_frames} or "
-            f"limits.max_duration_s={limits.max_duration_s:g}; cut it",
-        )
+    _within(path, count, seconds, limits)
     stream.thread_type = "AUTO"
     return stream, info
+
+
+def _within(path: str | Path, frames: int, seconds: float, limits: LimitSettings) -> None:
+    if frames > limits.max_frames or seconds > limits.max_duration_s:
+        raise RowError(
+            ErrorCode.TOO_MANY_FRAMES,
+            f"{path}: {frames} frames, {seconds:.0f} s are over limits.max_frames={limits.max_frames} or "
+            f"limits.max_duration_s={limits.max_duration_s:g}; cut it",
+        )
 
 
 def _packets(container: InputContainer, stream: VideoStream) -> int:
@@ -266,12 +282,18 @@ def _timed(container: InputContainer, stream: VideoStream, start: float) -> Iter
         yield time, frame
 
 
-def _cover(frame: av.VideoFrame, height: int, width: int) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
-    """The frame upright, scaled to cover the size and cropped at the centre: (height, width, 3) uint8."""
+def _cover(
+    frame: av.VideoFrame, height: int, width: int, stretch: float
+) -> np.ndarray[tuple[int, ...], np.dtype[np.uint8]]:
+    """The frame upright, scaled to cover the size and cropped at the centre: (height, width, 3) uint8.
+
+    Args:
+        stretch: width of a pixel over its height; 1 but for what comes from DVDs, tapes and broadcasts.
+    """
     turns = round(getattr(frame, "rotation", 0) / 90) % 4
-    tall, wide = (frame.height, frame.width) if turns % 2 == 0 else (frame.width, frame.height)
-    scale = max(height / tall, width / wide)
-    tall, wide = max(height, round(tall * scale)), max(width, round(wide * scale))
+    shown = (frame.height, frame.width * stretch)[:: -1 if turns % 2 else 1]
+    scale = max(height / shown[0], width / shown[1])
+    tall, wide = max(height, round(shown[0] * scale)), max(width, round(shown[1] * scale))
     size = (wide, tall) if turns % 2 == 0 else (tall, wide)
     scaled = frame.reformat(size[0], size[1], "rgb24", interpolation="AREA" if scale < 1 else "BICUBIC")
     image: np.ndarray[tuple[int, ...], np.dtype[np.uint8]] = np.rot90(

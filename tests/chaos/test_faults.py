@@ -66,44 +66,36 @@ def test_after_kill_9_of_the_driver_only_the_missing_rows_are_made(place, log, e
     assert again <= len(kills) * 2, f"{again} rows were denoised again, over one batch of one actor for each kill"
 
 
-def test_rows_that_crash_their_worker_or_run_out_of_memory_do_not_harm_their_neighbours(tmp_path, log, env):
-    prompts = ["ok 1", "crash 1", "ok 2", "flaky 1", "oom 1", "always oom 1", "raise 1", "nan 1", "ok 3"]
+def test_rows_that_crash_their_worker_hang_or_run_out_of_memory_do_not_harm_their_neighbours(tmp_path, log, env):
+    prompts = ["ok 1", "crash 1", "ok 2", "flaky 1", "oom 1", "always oom 1", "raise 1", "nan 1", "hang 1", "ok 3"]
     source = jobs.write_manifest(tmp_path / "manifest", [jobs.row(prompt) for prompt in prompts])
-    code, text = jobs.run("transfer", "--manifest", source, "--output", tmp_path / "out", *FAKE, env=env)
+    args = ["--manifest", source, "--output", tmp_path / "out", *FAKE, "--limits.row-seconds", 3]
+    code, text = jobs.run("transfer", *args, env=env)
     assert code == 3, text
-    assert "9 selected = 5 ok + 4 failed + 0 left" in text
+    assert "10 selected = 5 ok + 5 failed + 0 left" in text
     assert endings(tmp_path / "out") == dict.fromkeys(("ok 1", "ok 2", "ok 3", "flaky 1", "oom 1")) | {
         "crash 1": "crashed",
         "always oom 1": "out_of_memory",
         "raise 1": "internal",
         "nan 1": "non_finite",
+        "hang 1": "timed_out",
     }
     found = {row.prompt: row for row in jobs.results(tmp_path / "out")}
     assert found["crash 1"].attempts == 3  # in a batch, alone, and the one that was refused
     assert Counter(row for row, _, _ in denoised(log))[found["crash 1"].sample_id] == 2
     assert "with less memory" in found["oom 1"].notes
     assert "ZeroDivisionError" in found["raise 1"].error_message
+    assert "limits.row_seconds=3" in found["hang 1"].error_message
     assert all(row.stage == "transfer" for row in found.values() if row.status == "failed")
 
-    code, text = jobs.run("transfer", "--manifest", source, "--output", tmp_path / "out", *FAKE, env=env)
+    code, text = jobs.here("transfer", *args)
     assert code == 3  # failed is done: nothing is made again …
-    assert "9 done before, 0 to make now" in text
+    assert "10 done before, 0 to make now" in text
     before = len(denoised(log))
-    code, text = jobs.run(
-        "transfer", "--manifest", source, "--output", tmp_path / "out", *FAKE, "--retry-failed", "--limit", 2, env=env
-    )
-    assert "forgetting 4 failed rows" in text  # … unless that is asked for
-    assert "9 selected = 5 ok + 2 failed + 2 left" in text
+    code, text = jobs.run("transfer", *args, "--retry-failed", "--limit", 2, env=env)
+    assert "forgetting 5 failed rows" in text  # … unless that is asked for
+    assert "10 selected = 5 ok + 2 failed + 3 left" in text
     assert {row for row, _, _ in denoised(log)[before:]} <= {found[p].sample_id for p in ("crash 1", "always oom 1")}
-
-
-def test_a_row_that_hangs_is_failed_and_its_worker_replaced(tmp_path, env):
-    source = jobs.write_manifest(tmp_path / "manifest", [jobs.row(p) for p in ("ok 1", "hang 1", "ok 2")])
-    args = ["--manifest", source, "--output", tmp_path / "out", *FAKE, "--limits.row-seconds", 2]
-    code, text = jobs.run("transfer", *args, env=env)
-    assert code == 3, text
-    assert endings(tmp_path / "out") == {"ok 1": None, "hang 1": "timed_out", "ok 2": None}
-    assert "limits.row_seconds=2" in next(row.error_message for row in jobs.results(tmp_path / "out") if row.error_code)
 
 
 def test_a_killed_actor_is_replaced_and_a_second_run_is_refused(tmp_path, log, env):

@@ -16,15 +16,18 @@ from pipelines import measure
 from schemas import EvaluateSettings, LimitSettings, MetricRow
 from support import jobs
 from vmt_core import video
+from vmt_core.world import render, sample
 
 
 @pytest.fixture(scope="module")
 def run(model, tmp_path_factory):
     """A run of 2 procedural clips x 1 prompt x 2 methods."""
     folder = tmp_path_factory.mktemp("evaluate")
-    world = ["--count", 2, "--split", "test", "--categories", "single", "--height", 64, "--width", 64, "--frames", 9]
-    code, text = jobs.run("synthesize", *world, "--output", folder / "world")
-    assert code == 0, text
+    (folder / "world").mkdir()
+    for seed in (19, 39):
+        scene = sample(seed, motion="line", frames=9, height=64, width=64)
+        tags = {"scene": scene.model_dump_json()}  # as synthesize writes it: the exact motion
+        video.write(folder / "world" / f"{seed}.mp4", render(scene), scene.fps, tags=tags)
     (folder / "prompts.txt").write_text("a red circle\n")
     code, text = jobs.here(
         "plan", "--references", folder / "world", "--prompts", folder / "prompts.txt", "--methods", "none,fastvmt", "--model", model,

@@ -91,20 +91,42 @@ MORE_BAD = {
 }
 
 
-def encoded(path, codec, pixels, *, times=range(20), last=1, size=(32, 32), options=None):
+def encoded(
+    path,
+    codec,
+    pixels,
+    *,
+    times=range(20),
+    last=1,
+    size=(32, 32),
+    options=None,
+    muxer=None,
+    tags=None,
+    aspect=None,
+    image=None,
+):
     """A counting clip in any codec and container, whose frame n is shown from times[n], in tenths of a second.
 
     Args:
         last: how long the last frame is shown.
+        muxer: options of the container.
+        aspect: width of a pixel over its height.
+        image: what every frame shows, (height, width, 3), instead of its number.
     """
-    with av.open(str(path), "w") as container:
+    if image is not None:
+        size = image.shape[:2]
+    with av.open(str(path), "w", options=muxer or {}) as container:
+        container.metadata.update(tags or {})
         stream = container.add_stream(codec, rate=10)
         stream.height, stream.width = size
         stream.pix_fmt, stream.options = pixels, options or {}
         stream.codec_context.time_base = Fraction(1, 10)
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = aspect
         packets = []
         for number, time in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(np.full((*size, 3), 10 * (number % 25) + 5, np.uint8), format="rgb24")
+            shown = np.full((*size, 3), 10 * (number % 25) + 5, np.uint8) if image is None else image
+            frame = av.VideoFrame.from_ndarray(shown, format="rgb24")
             frame.pts, frame.time_base = time, Fraction(1, 10)
             packets += stream.encode(frame)
         packets += stream.encode(None)

@@ -2,8 +2,10 @@
 
 import functools
 import hashlib
+from fractions import Fraction
 
 import av
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -155,6 +157,48 @@ def test_a_turned_clip_is_read_upright(tmp_path, degrees, corner):
     found = read(turned(tmp_path / "v.mp4", degrees), height=height, width=width, frames=5)[0].float().mean(0)
     halves = found.unflatten(1, (2, -1)).unflatten(0, (2, -1)).mean((1, 3))
     assert divmod(int(halves.argmax()), 2) == corner
+
+
+@pytest.mark.parametrize(("name", "codec"), [("v.mp4", "libx264"), ("v.avi", "mjpeg"), ("v.mkv", "libx264")])
+def test_a_title_in_another_encoding_makes_no_clip_bad(tmp_path, name, codec):
+    path = encoded(tmp_path / name, codec, "yuvj420p" if codec == "mjpeg" else "yuv420p", tags={"title": "cafe-cafe"})
+    path.write_bytes(path.read_bytes().replace(b"cafe-cafe", b"caf\xe9-cafe"))
+    assert video.probe(path, LIMITS).frames == 20
+    assert numbers(read(path)) == list(range(9))
+    video.tags(path)
+
+
+@pytest.mark.parametrize(("name", "codec"), [("v.mkv", "libx264"), ("v.webm", "libvpx")])
+def test_a_live_recording_does_not_say_how_long_it_is(tmp_path, name, codec):
+    path = encoded(tmp_path / name, codec, "yuv420p", muxer={"live": "1"})
+    assert video.probe(path, LIMITS).frames == 20
+    assert numbers(read(path)) == list(range(9))
+    code, message = failure(video.probe, path, LimitSettings(max_frames=19))
+    assert code == "too_many_frames" and "20 frames" in message
+
+
+@pytest.mark.parametrize("degrees", [0, 90])
+def test_pixels_that_are_not_square_are_shown_as_meant(tmp_path, degrees):
+    """A square of 16 x 16 stored pixels of 2:1 is twice as wide as high."""
+    image = np.zeros((64, 64, 3), np.uint8)
+    image[24:40, 24:40] = 255
+    path = encoded(tmp_path / "v.mp4", "libx264", "yuv420p", image=image, aspect=Fraction(2))
+    height, width = (64, 128) if degrees == 0 else (128, 64)
+    seen = (
+        read(turned(path, degrees) if degrees else path, height=height, width=width, frames=5)[0].float().mean(0) > 128
+    )
+    assert (int(seen.any(1).sum()), int(seen.any(0).sum())) == ((16, 32) if degrees == 0 else (32, 16))
+
+
+def test_large_videos_say_how_their_colours_are_made(tmp_path):
+    """Players take an untagged video of 720 lines for BT.709."""
+    frames = torch.tensor([220, 60, 60], dtype=torch.uint8).view(1, 3, 1, 1).expand(5, 3, 720, 64)
+    video.write(tmp_path / "v.mp4", frames, 12)
+    with av.open(str(tmp_path / "v.mp4")) as container:
+        context = container.streams.video[0].codec_context
+        assert (context.colorspace, context.color_range, context.color_primaries, context.color_trc) == (6, 1, 1, 13)
+    found = read(tmp_path / "v.mp4", height=720, width=64, frames=5, fps=12)
+    assert (found.float().mean((0, 2, 3)) - torch.tensor([220.0, 60.0, 60.0])).abs().max() < 3
 
 
 @pytest.mark.parametrize("size", [(51, 67), (2, 2), (16, 2048)])

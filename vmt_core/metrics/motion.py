@@ -14,7 +14,7 @@ from itertools import pairwise
 import cv2
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.functional import grid_sample
 
@@ -118,19 +118,44 @@ def aligned(
 ) -> float:
     """Mean, over points that move in either clip, of the cosine of their steps where both are seen and either moves.
 
-    nan if nothing moves in both. Where nothing is seen for `over` frames, steps are shorter.
+    0 if something moves but nothing of it can be followed in both; nan if nothing moves in either. Where nothing is seen for `over`
+    frames, steps are shorter. A mean of few points says little: `followed` tells how many they are.
     """
+    corr, count = _agreement(first, second, width, moves, over)
+    if not bool((count > 0).any()):
+        return 0.0 if len(count) else float("nan")
+    return float(corr[count > 0].mean())
+
+
+def followed(
+    first: tuple[Positions, Visible],
+    second: tuple[Positions, Visible],
+    width: int,
+    moves: float = MOVES,
+    over: int = OVER,
+) -> float:
+    """Share of the points that move in either clip which are seen in both while they do: those that `aligned` is the mean of.
+
+    Low where a video comes apart, so that tracks are lost; nan if nothing moves in either.
+    """
+    _, count = _agreement(first, second, width, moves, over)
+    return float((count > 0).float().mean()) if len(count) else float("nan")
+
+
+def _agreement(
+    first: tuple[Positions, Visible], second: tuple[Positions, Visible], width: int, moves: float, over: int
+) -> tuple[Float[Tensor, " m"], Int[Tensor, " m"]]:
+    """Of each point that moves in either clip: the mean cosine of its steps, and of how many."""
     (one, seen_one), (two, seen_two) = _steps(first, over), _steps(second, over)
     seen, least = seen_one & seen_two, moves * over * width / 256
     mobile = moving(first, width, moves, over) | moving(second, width, moves, over)
     long_one, long_two = one.norm(dim=-1) > least, two.norm(dim=-1) > least
-    steps = seen & (long_one | long_two) & mobile
-    cosine = (_unit(one) * _unit(two)).sum(-1) * (long_one & long_two)  # a step against a stand counts as unrelated
+    steps = (seen & (long_one | long_two))[:, mobile]
+    cosine = ((_unit(one) * _unit(two)).sum(-1) * (long_one & long_two))[:, mobile]  # a step against a stand: unrelated
     count = steps.sum(0)
-    if not bool((count > 0).any()):  # tracks may be lost too soon for long steps
-        return aligned(first, second, width, moves, over // 2) if over > 1 else float("nan")
-    corr = (cosine * steps).sum(0)[count > 0] / count[count > 0]
-    return float(corr.mean())
+    if over > 1 and not bool((count > 0).any()):  # tracks may be lost too soon for long steps
+        return _agreement(first, second, width, moves, over // 2)
+    return (cosine * steps).sum(0) / count.clamp(min=1), count
 
 
 def matched(

@@ -19,7 +19,8 @@ from vmt_core.world import Scene, tracks
 
 #: Name -> version; bumped whenever the same videos would give another value.
 CORE = {
-    "motion": 3,  # motion.aligned: agreement with the reference at the same places, -1 to 1
+    "motion": 4,  # motion.aligned: agreement with the reference at the same places, -1 to 1
+    "motion_followed": 1,  # motion.followed: share of what moves that it is a mean of
     "motion_matched": 3,  # motion.matched: agreement with the best match anywhere
     "moving": 3,  # share of the video's points that move
     "moving_reference": 3,
@@ -121,6 +122,7 @@ class Suite:
         )
         return {
             "motion": ("", lambda v: motion.aligned(v.reference.tracks, v.tracks, v.width)),
+            "motion_followed": ("", lambda v: motion.followed(v.reference.tracks, v.tracks, v.width)),
             "motion_matched": ("", lambda v: motion.matched(v.reference.tracks, v.tracks, v.width)),
             "moving": ("", lambda v: motion.moving_share(v.tracks, v.width)),
             "moving_reference": ("", lambda v: motion.moving_share(v.reference.tracks, v.width)),

@@ -12,6 +12,7 @@ from vmt_core.metrics.motion import (
     aligned,
     at_rest,
     flow_tracks,
+    followed,
     jerk,
     matched,
     moving,
@@ -100,6 +101,19 @@ def test_nothing_that_moves_is_undefined_and_hidden_steps_do_not_count():
     one, two = straight(*[RIGHT] * 4), straight(RIGHT, RIGHT, LEFT, LEFT)
     two[1][3:] = False
     assert aligned(one, two, 256, over=1) == 1.0
+
+
+def test_what_is_lost_is_no_agreement_and_its_share_is_told():
+    moves, lost = straight(*[RIGHT] * 16), straight(*[RIGHT] * 16)
+    assert followed(moves, lost, 256) == 1
+    points = moves[1].shape[1]
+    lost[1][1:, 1:] = False  # all tracks but one end at once
+    assert aligned(moves, lost, 256) == pytest.approx(1)
+    assert followed(moves, lost, 256) == pytest.approx(1 / points)
+    lost[1][1:] = False
+    assert aligned(moves, lost, 256) == 0 and followed(moves, lost, 256) == 0
+    still = straight(*[STAY] * 16)
+    assert math.isnan(followed(still, still, 256))
 
 
 def test_standing_scales_with_the_width():
