@@ -347,7 +347,8 @@ def _line(line: tables.Line) -> str:
             if motion.difference is None
             else f" ({motion.difference:+.3f} [{motion.difference_low:+.3f}, {motion.difference_high:+.3f}])"
         )
-        parts.append(f"motion {motion.mean:.3f}{gain}")
+        rest = tables.few(line, "motion")
+        parts.append(f"motion {motion.mean:.3f}{gain}" + (f" of {rest} videos" if rest else ""))
     if seconds is not None:
         parts.append(f"{seconds.mean:.3g} s a video")
     parts.append(f"{line.made} videos" + (f", {line.failed} failed" if line.failed else ""))

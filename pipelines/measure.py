@@ -20,11 +20,12 @@ import torch
 from pydantic import ValidationError
 
 from pipelines import models
-from pipelines.stage import Cache, out_of_memory
+from pipelines.stage import Cache
 from pipelines.storage import Storage, StorageUnavailable, describe, join
 from pipelines.tracker import Guard
 from schemas import EvaluateSettings, MeasuringSettings, MetricRow, RowError
 from vmt_core import video
+from vmt_core.faults import out_of_memory
 from vmt_core.metrics import encoders, noncommercial
 from vmt_core.metrics.motion import packed
 from vmt_core.metrics.suite import VERSIONS, Reference, Suite, Video

@@ -13,13 +13,13 @@ import pyarrow as pa
 import ray
 
 from pipelines import cluster, models, tracker
-from pipelines.stage import out_of_memory
 from pipelines.storage import Storage, StorageUnavailable, describe, join
 from pipelines.watch import watched
 from schemas import AdapterRow, RowError, TuneSettings
 from schemas.errors import ErrorCode
 from vmt_core import video
 from vmt_core.adapters.settings import FollowYourMotion
+from vmt_core.faults import out_of_memory
 from vmt_core.shapes import Frames
 
 _DECIDES = (

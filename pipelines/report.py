@@ -176,22 +176,21 @@ def _comparison(lines: Sequence[Line]) -> dict[str, Any] | None:
                 "label": line.label,
                 "made": line.made,
                 "failed": line.failed,
-                "cells": [_numbers(line.cells.get(name)) for name in metrics],
+                "cells": [_numbers(line, name) for name in metrics],
             }
             for line in shown
         ],
     }
 
 
-def _numbers(cell: tables.Cell | None) -> dict[str, str]:
+def _numbers(line: Line, name: str) -> dict[str, str]:
+    cell = line.cells.get(name)
     if cell is None:
-        return {"mean": "", "gain": ""}
-    if cell.difference is None or cell.difference_low is None or cell.difference_high is None:
-        return {"mean": f"{cell.mean:.3f}", "gain": ""}
-    return {
-        "mean": f"{cell.mean:.3f}",
-        "gain": f"{cell.difference:+.3f} [{cell.difference_low:+.3f}, {cell.difference_high:+.3f}]",
-    }
+        return {"mean": "", "gain": "", "few": ""}
+    gain = ""
+    if cell.difference is not None:
+        gain = f"{cell.difference:+.3f} [{cell.difference_low:+.3f}, {cell.difference_high:+.3f}]"
+    return {"mean": f"{cell.mean:.3f}", "gain": gain, "few": tables.few(line, name)}
 
 
 def _header(rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> dict[str, Any]:

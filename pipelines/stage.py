@@ -6,8 +6,6 @@ Errors are caught per row: a bad row becomes a failed row, its neighbours go on.
 from __future__ import annotations
 
 import gc
-import os
-import sys
 import time
 from abc import ABC, abstractmethod
 from collections import OrderedDict
@@ -20,8 +18,9 @@ import ray
 
 from pipelines.live import Live
 from pipelines.storage import Storage, StorageUnavailable, describe
-from pipelines.tracker import Watchdog
+from pipelines.tracker import Watchdog, end_if_broken
 from schemas import ErrorCode, ResultRow, RowError, StageSettings, TransferSettings
+from vmt_core.faults import out_of_memory
 
 V = TypeVar("V")
 Row = dict[str, Any]
@@ -142,9 +141,7 @@ class Stage(ABC):
                 if len(group) == 1:
                     return [RowError(ErrorCode.STORAGE_UNAVAILABLE, str(error))]
             except Exception as error:
-                if device_is_broken(error):
-                    print(f"{self.name}: {describe(error)}; this process ends", file=sys.stderr, flush=True)
-                    os._exit(1)  # the rows are still marked as begun: the tracker has them tried by another process
+                end_if_broken(self.name, error)
                 memory = out_of_memory(error)
                 if memory:
                     self.free()
@@ -214,18 +211,6 @@ class Cache(Generic[V]):
             self._values[key] = make()
         self._values.move_to_end(key)
         return self._values[key]
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """True for the ways in which torch and Python say it."""
-    return isinstance(error, MemoryError) or (
-        isinstance(error, RuntimeError) and ("can't allocate memory" in str(error) or "out of memory" in str(error))
-    )
-
-
-def device_is_broken(error: BaseException) -> bool:
-    """True if the process cannot use its GPU any more: after such an error every later call fails as well."""
-    return not out_of_memory(error) and (type(error).__name__ == "AcceleratorError" or "CUDA error" in str(error))
 
 
 def _note(row: Row, text: str) -> None:

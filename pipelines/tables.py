@@ -194,7 +194,7 @@ def interval(values: _Array, references: _Array, draws: int) -> tuple[float, flo
 def to_csv(lines: Sequence[Line]) -> str:
     """A line for each method and category, a column for each number."""
     names = [metric for metric in BETTER if any(metric in line.cells for line in lines)]
-    fields = ("mean", "low", "high", "difference", "difference_low", "difference_high", "wins", "pairs")
+    fields = ("count", "mean", "low", "high", "difference", "difference_low", "difference_high", "wins", "pairs")
     sink = io.StringIO()
     writer = csv.writer(sink, lineterminator="\n")
     writer.writerow(
@@ -221,7 +221,7 @@ def to_markdown(lines: Sequence[Line]) -> str:
             "|" + "---|" * (len(names) + 2),
         ]
         for line in part:
-            cells = " | ".join(_shown(line.cells.get(name)) for name in names)
+            cells = " | ".join(_shown(line, name) for name in names)
             text.append(
                 f"| {_md(line.label)} | {line.made}{f' (+{line.failed} failed)' if line.failed else ''} | {cells} |"
             )
@@ -244,7 +244,10 @@ def to_latex(lines: Sequence[Line]) -> str:
         for name in names:
             cell = line.cells.get(name)
             best = _best(name, part)
-            shown = "--" if cell is None else f"{cell.mean:.3f}"
+            shown = "--"
+            if cell is not None:
+                few = "" if cell.count == line.made else rf"\textsuperscript{{{cell.count}/{line.made}}}"
+                shown = f"{cell.mean:.3f}{few}"
             cells.append(rf"\textbf{{{shown}}}" if cell is not None and cell.mean == best else shown)
         text.append(" & ".join([_tex(line.label), *cells]) + r" \\")
     return "\n".join([*text, r"\bottomrule", r"\end{tabular}", ""])
@@ -357,18 +360,30 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
     return {path: json.dumps(value)}
 
 
+def few(line: Line, name: str) -> str:
+    """How many of a line's videos have a value, where not all of them do: `1 of 10`."""
+    cell = line.cells.get(name)
+    return "" if cell is None or cell.count == line.made else f"{cell.count} of {line.made}"
+
+
 def _best(metric: str, lines: Sequence[Line]) -> float | None:
-    means = [line.cells[metric].mean for line in lines if metric in line.cells]
+    """The best mean, of those that half of the videos have a part in."""
+    cells = [(line.cells[metric], line.made) for line in lines if metric in line.cells]
+    means = [cell.mean for cell, made in cells if 2 * cell.count >= made]
     better = BETTER[metric]
     return None if better is None or not means else (max if better else min)(means)
 
 
-def _shown(cell: Cell | None) -> str:
+def _shown(line: Line, name: str) -> str:
+    cell = line.cells.get(name)
     if cell is None:
         return ""
-    if cell.difference is None:
-        return f"{cell.mean:.3f}"
-    return f"{cell.mean:.3f} ({cell.difference:+.3f} [{cell.difference_low:+.3f}, {cell.difference_high:+.3f}])"
+    told = []
+    if cell.difference is not None:
+        told.append(f"{cell.difference:+.3f} [{cell.difference_low:+.3f}, {cell.difference_high:+.3f}]")
+    if rest := few(line, name):
+        told.append(f"{rest} videos")
+    return f"{cell.mean:.3f}" + (f" ({'; '.join(told)})" if told else "")
 
 
 def _md(text: str) -> str:

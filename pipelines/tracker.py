@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from schemas import ErrorCode, RowError
+from vmt_core.faults import device_is_broken
 
 Action = Literal["run", "alone", "crashed", "timed_out"]
 MOST_CRASHES = 2
@@ -150,9 +151,19 @@ class Guard:
         self.watchdog.arm(self.seconds)
         try:
             yield
+        except Exception as error:
+            end_if_broken(self.name, error)
+            raise
         finally:
             self.watchdog.disarm()
             ray.get(self.tracker.end.remote(self.name, [key]))
+
+
+def end_if_broken(who: str, error: BaseException) -> None:
+    """Ends the process if its GPU is lost: its rows are still marked as begun, so the tracker has another process try them."""
+    if device_is_broken(error):
+        print(f"{who}: {type(error).__name__}: {error}; this process ends", file=sys.stderr, flush=True)
+        os._exit(1)
 
 
 def _living_nodes() -> set[str]:

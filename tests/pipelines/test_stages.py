@@ -3,11 +3,12 @@
 import pyarrow as pa
 import pytest
 
-from pipelines import stage
-from pipelines.stage import STATE, Cache, Stage, begin, out_of_memory
+from pipelines import tracker
+from pipelines.stage import STATE, Cache, Stage, begin
 from pipelines.stages import reference_key
 from schemas import ManifestRow
 from support.jobs import row
+from vmt_core.faults import out_of_memory
 
 
 def test_a_value_is_made_once_and_the_least_recently_used_goes_first():
@@ -85,7 +86,7 @@ class Raises(Stage):
 
 def test_a_process_that_cannot_use_its_gpu_any_more_ends_before_it_fails_good_rows(monkeypatch, capsys):
     ended = []
-    monkeypatch.setattr(stage.os, "_exit", lambda code: ended.append(code) or (_ for _ in ()).throw(SystemExit))
+    monkeypatch.setattr(tracker.os, "_exit", lambda code: ended.append(code) or (_ for _ in ()).throw(SystemExit))
     broken = RuntimeError("CUDA error: an illegal memory access was encountered")
     with pytest.raises(SystemExit):
         Raises(broken)._attempt([{"sample_id": "a"}])

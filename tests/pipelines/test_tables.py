@@ -70,6 +70,17 @@ def test_failed_rows_are_counted_and_not_measured():
     assert (line.made, line.failed, line.cells["motion"].count) == (1, 1, 1)
 
 
+def test_a_mean_of_few_of_the_videos_says_so_and_is_not_the_best():
+    """A method that breaks nine of ten videos does not win by the tenth."""
+    rows = [row("none", n, motion=0.1) for n in range(10)] + [row("good", n, motion=0.6) for n in range(10)]
+    rows += [row("bad", n, motion=0.9 if n == 0 else None) for n in range(10)]
+    lines = tables.compare(rows, "none")
+    assert "| bad | 10 | 0.900 (+0.800 [+0.800, +0.800]; 1 of 10 videos) |" in tables.to_markdown(lines)
+    assert "| good | 10 | 0.600 (+0.500 [+0.500, +0.500]) |" in tables.to_markdown(lines)
+    assert r"\textbf{0.600}" in tables.to_latex(lines) and r"0.900\textsuperscript{1/10}" in tables.to_latex(lines)
+    assert [line["motion_count"] for line in csv.DictReader(io.StringIO(tables.to_csv(lines)))][:3] == ["10", "1", "10"]
+
+
 def test_categories_have_lines_of_their_own():
     rows = [row("none", 0, motion=0.0), row("none", 1, motion=1.0, category="camera")]
     lines = tables.compare(rows, "none")

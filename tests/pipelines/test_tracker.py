@@ -348,3 +348,18 @@ def test_a_guarded_row_that_hung_is_not_tried_again(world, tracker, monkeypatch)
     with pytest.raises(RowError, match=r"more than limits\.row_seconds=60") as refused, guard.row("slow"):
         raise AssertionError("it was begun")
     assert refused.value.code == "timed_out"
+
+
+def test_a_process_whose_gpu_is_lost_ends_while_its_row_counts_as_begun(world, tracker, monkeypatch):
+    import ray
+
+    def leave(code):
+        raise SystemExit(code)
+
+    monkeypatch.setattr(ray, "get", lambda value: value)
+    monkeypatch.setattr("pipelines.tracker.os._exit", leave)
+    remote = Remote(tracker)
+    remote.end = type("Method", (), {"remote": staticmethod(lambda *_: None)})  # a process that ended tells nobody
+    with pytest.raises(SystemExit), Guard(remote, "measure", "n1", 60).row("a"):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    assert [row for _, row, _ in tracker.snapshot()["running"]] == ["a"]

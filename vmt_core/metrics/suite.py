@@ -12,6 +12,7 @@ from functools import cached_property
 
 from torch import Tensor
 
+from vmt_core.faults import device_is_broken, out_of_memory
 from vmt_core.metrics import encoders, flow, leak, motion, noncommercial
 from vmt_core.metrics.motion import Positions, Visible
 from vmt_core.shapes import Frames
@@ -95,7 +96,11 @@ class Suite:
     amt: noncommercial.Amt | None = None
 
     def measure(self, video: Video) -> tuple[dict[str, float], dict[str, str]]:
-        """Values by name, and for each that there is none of, why."""
+        """Values by name, and for each that there is none of, why.
+
+        Raises:
+            Exception: the memory does not suffice or the device is broken, which says nothing of the video.
+        """
         values: dict[str, float] = {}
         reasons: dict[str, str] = {}
         for name, (missing, compute) in self._metrics().items():
@@ -105,6 +110,8 @@ class Suite:
             try:
                 value = compute(video)
             except Exception as error:
+                if out_of_memory(error) or device_is_broken(error):
+                    raise
                 reasons[name] = f"{type(error).__name__}: {error}"[:500]
                 continue
             if math.isfinite(value):

@@ -49,15 +49,27 @@ def test_what_is_undefined_or_raises_is_absent_with_the_reason(scene):
 
 
 class Raises:
+    def __init__(self, error):
+        self.error = error
+
     def images(self, frames, **_):
-        raise RuntimeError("out of memory")
+        raise self.error
 
 
 def test_a_metric_that_fails_does_not_take_the_others_along(scene):
     frames = render(scene)
-    values, reasons = Suite(clip=Raises()).measure(Video(frames, Reference(frames, scene), ""))
+    values, reasons = Suite(clip=Raises(ValueError("too dark"))).measure(Video(frames, Reference(frames, scene), ""))
     assert set(values) == set(CORE)
-    assert reasons["text_similarity"] == "RuntimeError: out of memory"
+    assert reasons["text_similarity"] == "ValueError: too dark"
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("CUDA error: unspecified")]
+)
+def test_what_says_nothing_of_the_video_is_not_kept_as_its_result(scene, error):
+    frames = render(scene)
+    with pytest.raises(type(error)):
+        Suite(clip=Raises(error)).measure(Video(frames, Reference(frames, scene), ""))
 
 
 # leak
