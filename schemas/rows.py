@@ -77,7 +77,9 @@ class ManifestRow(Row):
     reference_digest: str = Field(description="SHA-256 of the file's bytes")
     start_frame: int = Field(ge=0)
     end_frame: int | None = None
-    fps: float = Field(gt=0, description="frames per second of the sampled reference and of the result")
+    fps: float = Field(
+        gt=0, allow_inf_nan=False, description="frames per second of the sampled reference and of the result"
+    )
     height: int = Field(ge=16, multiple_of=16)
     width: int = Field(ge=16, multiple_of=16)
     frames: int = Field(ge=5, description="4k+1")
@@ -87,8 +89,8 @@ class ManifestRow(Row):
     method_settings: str = Field(default="{}", description="JSON, complete: every setting of the method")
     seed: int = Field(ge=0, lt=2**63)
     steps: int = Field(ge=1, le=1000)
-    shift: float = Field(gt=0)
-    guidance_scale: float = Field(ge=0)
+    shift: float = Field(gt=0, le=1000, allow_inf_nan=False)
+    guidance_scale: float = Field(ge=0, le=1000, allow_inf_nan=False)
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     model: str
     model_revision: str
@@ -157,7 +159,7 @@ class AdapterRow(Row):
     reference_digest: str
     start_frame: int = Field(ge=0)
     end_frame: int | None = None
-    fps: float = Field(gt=0)
+    fps: float = Field(gt=0, allow_inf_nan=False)
     height: int = Field(ge=16, multiple_of=16)
     width: int = Field(ge=16, multiple_of=16)
     frames: int = Field(ge=0, description="4k+1; 0 where the clip could not be opened")

@@ -31,7 +31,7 @@ CommaInts = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_comma_list)]
 class Section(BaseModel):
     """A named group of settings."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 class StorageSettings(Section):
@@ -113,11 +113,16 @@ class RaySettings(Section):
     stall_s: PositiveFloat = Field(default=1800, description="stop if no row begins or ends for so long, seconds")
 
 
+X264Preset = Literal[
+    "ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow", "placebo"
+]
+
+
 class VideoSettings(Section):
     """How results are encoded (H.264, yuv420p)."""
 
     crf: int = Field(default=18, ge=0, le=51, description="constant rate factor; smaller is better and larger")
-    preset: str = Field(default="medium", description="x264 preset")
+    preset: X264Preset = Field(default="medium", description="x264 preset: slower is smaller")
 
 
 class DeepSpeedSettings(Section):

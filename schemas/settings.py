@@ -36,6 +36,7 @@ class JobSettings(BaseSettings):
     model_config = SettingsConfigDict(
         extra="forbid",
         frozen=True,
+        allow_inf_nan=False,
         env_prefix="VMT_",
         env_nested_delimiter="__",
         protected_namespaces=(),
@@ -114,9 +115,11 @@ class PlanSettings(ModelSettings):
         description="values to compare, e.g. {fastvmt: {guidance.inner: [5, 10]}}: a row for every combination (YAML only)",
     )
     steps: PositiveInt | None = Field(default=None, description="denoising steps; empty: the model's own")
-    shift: PositiveFloat | None = Field(default=None, description="flow-matching shift; empty: the model's own")
+    shift: PositiveFloat | None = Field(
+        default=None, le=1000, description="flow-matching shift; empty: the model's own"
+    )
     guidance_scale: NonNegativeFloat | None = Field(
-        default=None, description="classifier-free guidance; empty: the model's own"
+        default=None, le=1000, description="classifier-free guidance; empty: the model's own"
     )
     negative_prompt: str = Field(default="", description="what the videos should not show")
     skip_bad: bool = Field(default=False, description="leave bad clips out instead of stopping")
@@ -247,12 +250,14 @@ class SynthesizeSettings(JobSettings):
     progress_s: PositiveFloat = Field(default=5, description="seconds between progress lines")
 
     @model_validator(mode="after")
-    def _videos_are_even(self) -> Self:
+    def _videos_are_even_and_have_tracks(self) -> Self:
         for name in ("height", "width"):
             if getattr(self, name) % 2:
                 raise ValueError(
                     f"{name}={getattr(self, name)} is odd, H.264 videos are even; use {getattr(self, name) + 1}"
                 )
+        if self.track_spacing > min(self.height, self.width):
+            raise ValueError(f"track_spacing={self.track_spacing} is over the shorter side: no point would be tracked")
         return self
 
 

@@ -93,6 +93,7 @@ def test_other_settings_need_another_output(made):
         (["--categories", "single,flying"], "'flying' is not one of camera, single, multiple, articulated"),
         (["--height", 63], "height=63 is odd, H.264 videos are even; use 64"),
         (["--count", 0], "count: Input should be greater than 0 (got '0')"),
+        (["--track-spacing", "400"], "track_spacing=400 is over the shorter side"),
         (["--split", "holdout"], "split: Input should be 'all', 'train', 'val' or 'test'"),
     ],
 )

@@ -322,6 +322,29 @@ def test_a_sample_has_a_page_of_its_own_that_says_how_to_make_it_again(browser: 
     assert errors == []
 
 
+def test_clearing_filters_leaves_how_videos_play_and_a_link_works_twice(browser: Browser, tmp_path: Path) -> None:
+    track = torch.full((FRAMES, 1, 2), 31.0)
+    tracks = packed((track, torch.ones(FRAMES, 1, dtype=torch.bool)), SIDE, SIDE, every=1)
+    rows = [made | {"tracks": tracks, "reference_tracks": tracks} for made in three_groups(tmp_path)]
+    page, errors = opened(browser, tmp_path, rows)
+    page.keyboard.press("t")
+    page.select_option("#speed", "0.25")
+    page.get_by_text("ditflow", exact=True).first.click()
+    page.fill("#search", "no such thing")
+    page.get_by_role("button", name="Clear filters").click()
+    expect(page.locator(".card.result")).to_have_count(9)
+    expect(page.locator("#tracks")).to_be_checked()
+    expect(page.locator("#speed")).to_have_value("0.25")
+    assert page.evaluate("[state.tracks, state.rate]") == [True, 0.25]
+
+    for _ in range(2):
+        page.get_by_role("link", name="Link").nth(4).click()
+        expect(page.locator(".card.result")).to_have_count(1)
+        page.fill("#search", "")
+        expect(page.locator(".card.result")).to_have_count(9)
+    assert [text for text in errors if not text.startswith("Canvas2D")] == []
+
+
 def test_twins_say_what_tells_them_apart(browser: Browser, tmp_path: Path) -> None:
     """One method with two settings, and one pair of settings in two runs that are shown on one page."""
     fast, _, none, *_ = three_groups(tmp_path)

@@ -97,11 +97,25 @@ def test_pools_that_cannot_be_are_refused(values, message):
 
 @pytest.mark.parametrize(
     "values",
-    [{"seeds": "1,x"}, {"dtype": "float16"}, {"height": 0}, {"fps": float("inf")}, {"method_settings": {"a": 1}}],
+    [
+        {"seeds": "1,x"},
+        {"dtype": "float16"},
+        {"height": 0},
+        {"fps": float("inf")},
+        {"method_settings": {"a": 1}},
+        {"shift": float("inf")},
+        {"shift": 1e39},
+        {"guidance_scale": float("inf")},
+    ],
 )
 def test_wrong_values_are_refused(values):
     with pytest.raises(ValidationError, match=next(iter(values))):
         plan(**values)
+
+
+def test_a_preset_that_x264_does_not_have_is_refused_before_anything_is_denoised():
+    with pytest.raises(ValidationError, match="'ultrafast', 'superfast'"):
+        TransferSettings(manifest="m", output="o", video={"preset": "bogus"})
 
 
 @pytest.mark.parametrize(("frames", "instead"), [(18, 17), (3, 5), (4, 5)])
