@@ -18,6 +18,7 @@ from schemas import ManifestRow, PlanSettings, UsageError, first_fault
 from vmt_core import flops
 from vmt_core.backbone import nano
 from vmt_core.backbone.geometry import Geometry
+from vmt_core.backbone.taps import CheckpointName
 from vmt_core.methods import VIDEO_VERSION, Method, build
 from vmt_core.presets import Native, native
 
@@ -77,7 +78,7 @@ def run(settings: PlanSettings, say: Callable[[str], None] = print) -> dict[str,
     ]
     _no_duplicates(rows)
     manifest.write(storage, settings.output, rows)
-    estimate = _estimate(rows, methods, config)
+    estimate = _estimate(rows, methods, config, native(settings.model).checkpoint)
     counts = {
         "rows": len(rows),
         "references": len(clips),
@@ -261,7 +262,9 @@ def _no_duplicates(rows: list[ManifestRow]) -> None:
             raise UsageError(f"{row.reference_uri} and {other.reference_uri} are the same clip; leave one of them out")
 
 
-def _estimate(rows: list[ManifestRow], methods: list[Method], config: dict[str, Any]) -> dict[str, Any]:
+def _estimate(
+    rows: list[ManifestRow], methods: list[Method], config: dict[str, Any], policy: CheckpointName
+) -> dict[str, Any]:
     """Guidance gradients, FLOPs of the denoiser, bytes of video."""
     by_settings = {_settings(method): method for method in methods}
     patch = config["patch_size"]
@@ -272,7 +275,7 @@ def _estimate(rows: list[ManifestRow], methods: list[Method], config: dict[str, 
     for (made, frames, height, width, steps, scale), count in shapes.items():
         geometry = Geometry.of_latents(((frames - 1) // 4 + 1, height // 8, width // 8), tuple(patch))
         guidance = by_settings[made].guidance
-        total += count * flops.video(config, geometry, by_settings[made], steps, scale)
+        total += count * flops.video(config, geometry, by_settings[made], steps, scale, policy)
         evaluations += count * (guidance.evaluations(steps) if guidance else 0)
         size += count * frames * height * width * _BITS_PER_PIXEL / 8
     return {"evaluations": evaluations, "flops": total, "bytes": size}

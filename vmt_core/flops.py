@@ -57,13 +57,24 @@ def evaluation(config: Mapping[str, Any], tokens: int, tap: int, policy: Checkpo
     return tap * (cost.total + again + cost.linear + 2.5 * cost.attention)
 
 
-def video(config: Mapping[str, Any], geometry: Geometry, method: Method, steps: int, guidance_scale: float) -> float:
-    """One video without its VAE and text encoder: all denoiser calls and all guidance gradients."""
+def video(
+    config: Mapping[str, Any],
+    geometry: Geometry,
+    method: Method,
+    steps: int,
+    guidance_scale: float,
+    policy: CheckpointName = "selective",
+) -> float:
+    """One video without its VAE and text encoder: all denoiser calls, all guidance gradients, and the reference's forwards that are
+    made for it alone.
+    """
     total = steps * (2 if guidance_scale > 1 else 1) * forward(config, geometry.tokens)
     guidance = method.guidance
     if guidance is not None:
         tap = max(tap.block for tap in guidance.objective.taps)
-        total += guidance.evaluations(steps) * evaluation(config, geometry.tokens, tap)
+        total += guidance.evaluations(steps) * evaluation(config, geometry.tokens, tap, policy)
+        if guidance.level == "step":
+            total += guidance.guided_steps(steps) * tap * block(config, geometry.tokens).total
     return total
 
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vmt_core.adapters.settings import FollowYourMotion
 from vmt_core.guidance import Guidance
@@ -24,14 +24,24 @@ Group = Mapping[str, Any] | None
 
 
 class Start(BaseModel):
-    """Where sampling starts: pure noise, or the reference noised to the first sigma of a schedule from `strength`."""
+    """Where sampling starts: pure noise, or (sdedit) the reference noised to the first sigma of a schedule from `strength`."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     kind: Literal["noise", "sdedit"] = "noise"
-    strength: float = Field(
-        default=1.0, gt=0, le=1, description="sdedit: u of the first step; 1 is (almost) pure noise"
+    strength: float | None = Field(
+        default=None, gt=0, lt=1, description="sdedit: u of the first step; 1 would be pure noise"
     )
+
+    @model_validator(mode="after")
+    def _says_what_it_does(self) -> Self:
+        if self.kind == "sdedit" and self.strength is None:
+            raise ValueError(
+                "kind: sdedit needs a strength below 1, such as 0.8; at 1 nothing of the reference is left"
+            )
+        if self.kind == "noise" and self.strength is not None:
+            raise ValueError(f"strength={self.strength:g} needs kind: sdedit")
+        return self
 
 
 class AdapterUse(BaseModel):
@@ -152,10 +162,12 @@ def build(name: str, settings: Mapping[str, Any]) -> Method:
             raise ValueError(f"method {name}: {group!r} is not one of its groups, {', '.join(known)}")
         if group != "preset" and not (values is None or isinstance(values, Mapping)):
             raise ValueError(f"method {name}: {group} is {values!r}; it must hold settings by name")
+        if group == "guidance" and "objective" in (values or {}):
+            raise ValueError(f"method {name}: objective is a group of its own, beside guidance")
     try:
         return METHODS[name](**settings)
     except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
+        faults = "; ".join(": ".join([*map(str, fault["loc"]), fault["msg"]]) for fault in error.errors())
         raise ValueError(f"method {name}: {faults}") from error
     except (TypeError, ValueError) as error:
         raise ValueError(f"method {name}: {error}") from error

@@ -46,26 +46,37 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Artifact:
-    """What is kept of a reference: its latents, the empty caption, and its motion as the method's objective (JSON) sees it."""
+    """What is kept of a reference: its latents, the empty caption, and its motion as the method's objective (JSON) sees it.
+
+    All of it is in one model's terms: `model` is the revision of its weights (empty: whoever made it by hand vouches for it).
+    """
 
     latents: Latents
     empty: Text
     motion: Motion = field(default_factory=dict)
     objective: str = ""
+    model: str = ""
 
     def save(self, path: str | Path) -> None:
         """Writes a safetensors file."""
         tensors = {"latents": self.latents, "empty": self.empty} | {f"motion.{k}": v for k, v in self.motion.items()}
-        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, path, metadata={"objective": self.objective})
+        about = {"objective": self.objective, "model": self.model}
+        save_file({k: v.contiguous().cpu() for k, v in tensors.items()}, path, metadata=about)
 
     @classmethod
     def load(cls, path: str | Path) -> Artifact:
-        """Reads what `save` wrote."""
+        """Reads what `save` wrote.
+
+        Raises:
+            ValueError: another file.
+        """
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            objective = (file.metadata() or {}).get("objective", "")
+            about = file.metadata() or {}
+        if not {"latents", "empty"} <= tensors.keys():
+            raise ValueError(f"{path}: holds no artifact, only {', '.join(sorted(tensors)[:5]) or 'nothing'}")
         motion = {name.removeprefix("motion."): value for name, value in tensors.items() if name.startswith("motion.")}
-        return cls(tensors["latents"], tensors["empty"], motion, objective)
+        return cls(tensors["latents"], tensors["empty"], motion, about.get("objective", ""), about.get("model", ""))
 
 
 @dataclass(frozen=True)
@@ -111,9 +122,7 @@ class MotionTransfer:
                 )
             self._attach(adapter)
         self.sampling = sampling or Sampling()
-        start = method.start
-        strength = start.strength if start.kind == "sdedit" else 1.0
-        self.schedule = Schedule.shifted(self.sampling.steps, self.sampling.shift, strength)
+        self.schedule = Schedule.shifted(self.sampling.steps, self.sampling.shift, method.start.strength or 1.0)
         if method.guidance is not None:
             block = max(tap.block for tap in method.guidance.objective.taps)
             blocks = backbone.transformer.config.num_layers
@@ -135,7 +144,7 @@ class MotionTransfer:
         if guidance is not None and guidance.level == "clean":
             with self._adapted():
                 motion = self._motion(guidance, latents.to(self.backbone.device), sigma=0.0, empty=empty)
-        return Artifact(latents, empty, motion, self._objective())
+        return Artifact(latents, empty, motion, self._objective(), self.backbone.revision)
 
     def _objective(self) -> str:
         """What an artifact's motion depends on, as JSON; empty if the method keeps none in it."""
@@ -201,8 +210,12 @@ class MotionTransfer:
         A row's result does not depend on its neighbours: its noise comes from a CPU generator of its seed alone.
 
         Raises:
-            ValueError: an artifact's motion was described for another objective.
+            ValueError: an artifact is of another model, or its motion was described for another objective.
         """
+        if models := {artifact.model for artifact in artifacts} - {"", self.backbone.revision}:
+            raise ValueError(
+                f"an artifact is in terms of model {models.pop()}, this is {self.backbone.revision}; prepare it with this MotionTransfer"
+            )
         wanted = self._objective()
         if wanted and (others := {artifact.objective for artifact in artifacts} - {wanted}):
             raise ValueError(

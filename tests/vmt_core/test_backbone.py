@@ -61,6 +61,18 @@ def test_only_valid_tokens_of_a_caption_are_kept_and_padding_is_zero(tiny):
     assert padded[0, len(caption) :].abs().max() == 0
 
 
+def test_a_kept_caption_keeps_no_padding_alive(tiny, tiny_bf16):
+    for backbone in (tiny, tiny_bf16):
+        caption = backbone.caption("a red ball")
+        assert caption.untyped_storage().nbytes() == caption.nbytes
+
+
+def test_a_part_that_was_not_loaded_is_named(folder):
+    backbone = Backbone.load(str(folder), parts=("transformer",))
+    with pytest.raises(ValueError, match="loaded without its vae"):
+        backbone.encode(torch.zeros(5, 3, 48, 64, dtype=torch.uint8))
+
+
 def test_a_caption_of_any_length_fits(tiny):
     assert tiny.caption("word " * 4000).shape[0] == 512
 

@@ -133,6 +133,17 @@ def test_a_video_costs_its_denoiser_calls_and_its_guidance_gradients(name, evalu
     assert flops.video(config, GEOMETRY, METHODS[name](), 50, scale) == pytest.approx(wanted, rel=1e-9)
 
 
+def test_a_video_costs_what_its_settings_add():
+    """The reference's own forwards at every guided step, and what is computed again in the backward passes."""
+    config, tokens = CONFIGS["1.3B"], GEOMETRY.tokens
+    plain, paper = (
+        flops.video(config, GEOMETRY, METHODS["fastvmt"](preset), 50, 5.0) for preset in ("default", "paper")
+    )
+    assert paper - plain == pytest.approx(10 * 14 * flops.block(config, tokens).total)
+    kept = flops.video(config, GEOMETRY, METHODS["fastvmt"](), 50, 5.0, "none")
+    assert plain - kept == pytest.approx(40 * 14 * flops.block(config, tokens).linear)
+
+
 @pytest.mark.parametrize(("sparse", "frames"), [("latent", 5), ("pixel", 5), ("off", 21)])
 def test_tuning_costs_its_draws_and_its_validations(sparse, frames):
     config = CONFIGS["1.3B"]

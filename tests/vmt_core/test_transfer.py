@@ -4,7 +4,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from safetensors.torch import save_file
 
+from support import tiny as models
 from vmt_core import METHODS, Artifact, Backbone, MotionTransfer, Sampling
 from vmt_core.adapters import masked_lora
 from vmt_core.backbone.sampler import noise
@@ -56,6 +58,32 @@ def test_plain_sampling_is_bit_equal_to_diffusers(tiny, folder, scale):
     artifact = Artifact(torch.zeros(shape), tiny.caption(""))
     ours = transfer.denoise([artifact], [tiny.caption("a red ball")], [tiny.caption("blurred")], [5]).latents
     assert torch.equal(ours, theirs)
+
+
+def test_in_bf16_latents_stay_in_fp32_where_diffusers_rounds_them(tiny_bf16, tiny, folder):
+    """So ours are not theirs bit for bit, and nearer to what fp32 gives."""
+    pipeline = WanPipeline.from_pretrained(folder, dtype=torch.bfloat16)
+    pipeline.vae.to(torch.float32)
+    pipeline.scheduler = WanSchedule(shift=3.0)
+    pipeline.set_progress_bar_config(disable=True)
+    shape = (16, 3, 6, 8)
+    theirs = pipeline(
+        prompt="a red ball", height=48, width=64, num_frames=9, num_inference_steps=4, guidance_scale=1.0,
+        latents=noise(5, shape)[0].unsqueeze(0), output_type="latent", return_dict=False,
+    )[0]  # fmt: skip
+    ours, exact = (
+        MotionTransfer(backbone, METHODS["none"](), Sampling(4, 3.0, 1.0))
+        .denoise(
+            [Artifact(torch.zeros(shape), backbone.caption(""))],
+            [backbone.caption("a red ball")],
+            [backbone.caption("")],
+            [5],
+        )
+        .latents
+        for backbone in (tiny_bf16, tiny)
+    )
+    assert ours.dtype == torch.float32 and not torch.equal(ours, theirs.float())
+    assert (ours - exact).square().mean() < (theirs.float() - exact).square().mean()
 
 
 @torch.no_grad()
@@ -239,6 +267,27 @@ def test_an_artifact_of_another_objective_is_refused(tiny):
         with pytest.raises(ValueError, match=r"an artifact was described for .*, not for .*prepare it with this"):
             windowed.transfer(artifact, ["a"], [0])
     assert len(plain.transfer(windowed.prepare(clip()), ["a"], [0])) == 1  # sampling that is not guided reads no motion
+
+
+def test_an_artifact_of_another_model_is_refused(tiny, tmp_path):
+    """Latents, motion and its drift are in one model's terms, also where the objective is the same, or there is none."""
+    other = Backbone.load(str(models.build(tmp_path / "other", seed=1)), dtype=torch.float32)
+    for method in (
+        METHODS["none"](start={"kind": "sdedit", "strength": 0.5}),
+        METHODS["fastvmt"](objective={"block": 1}),
+    ):
+        frames = render(sample(0, frames=5, height=48, width=64))
+        MotionTransfer(other, method).prepare(frames).save(tmp_path / "artifact.safetensors")
+        artifact = Artifact.load(tmp_path / "artifact.safetensors")
+        assert artifact.model == other.revision != tiny.revision
+        with pytest.raises(ValueError, match=f"in terms of model {other.revision}, this is {tiny.revision}"):
+            MotionTransfer(tiny, method).transfer(artifact, ["a red ball"], [0])
+
+
+def test_a_file_that_is_no_artifact_is_named(tmp_path):
+    save_file({"weight": torch.zeros(1)}, tmp_path / "w.safetensors")
+    with pytest.raises(ValueError, match="holds no artifact, only weight"):
+        Artifact.load(tmp_path / "w.safetensors")
 
 
 def test_videos_are_the_same_in_batches_of_any_size(tiny):

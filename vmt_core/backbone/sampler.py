@@ -84,7 +84,7 @@ def sample(
         latents: (B, C, F, H, W) fp32.
         text, negative: (B, L, dim); `negative` is not used when guidance_scale <= 1.
         guidance_scale: classifier-free guidance, v = v_neg + scale (v_pos - v_neg); at most 1: off.
-        cfg: two forwards of B rows (equal, bit for bit, to diffusers' WanPipeline), or one of 2 B.
+        cfg: two forwards of B rows (in fp32 equal, bit for bit, to diffusers' WanPipeline), or one of 2 B.
         edit: what guidance does to the latents before a step.
     """
     for step, timestep in enumerate(schedule.timesteps):

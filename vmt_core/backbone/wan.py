@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from vmt_core.backbone import taps
 from vmt_core.backbone.geometry import Geometry, Tap
-from vmt_core.backbone.weights import locate
+from vmt_core.backbone.weights import locate, revision
 from vmt_core.precision import fast_dtype
 from vmt_core.shapes import Frames, LatentBatch, Latents, Text, TextBatch
 
@@ -99,9 +100,24 @@ class Backbone:
             self.parts["tokenizer"] = AutoTokenizer.from_pretrained(path / "tokenizer")
         return self
 
+    @cached_property
+    def revision(self) -> str:
+        """Identity of the weights, see `weights.revision`; empty if they are of no folder."""
+        return revision(self.path) if (self.path / "model_index.json").is_file() else ""
+
+    def part(self, name: str) -> Any:
+        """A part that was loaded.
+
+        Raises:
+            ValueError: it was not.
+        """
+        if name not in self.parts:
+            raise ValueError(f"this Backbone was loaded without its {name}: Backbone.load(…, parts={ALL_PARTS})")
+        return self.parts[name]
+
     @property
     def transformer(self) -> WanTransformer3DModel:
-        return self.parts["transformer"]
+        return self.part("transformer")
 
     @property
     def patch(self) -> tuple[int, ...]:
@@ -126,7 +142,7 @@ class Backbone:
             raise ValueError(
                 f"frames are {tuple(frames.shape)} {frames.dtype}; they must be (4k+1, 3, H, W) uint8, H and W multiples of 16"
             )
-        vae = self.parts["vae"]
+        vae = self.part("vae")
         pixels = frames.to(self.device, torch.float32).div_(127.5).sub_(1).transpose(0, 1)  # (3, T, H, W)
         latents: Tensor = vae.encode(pixels.unsqueeze(0)).latent_dist.mode()
         mean, std = self._statistics()
@@ -137,7 +153,7 @@ class Backbone:
         """Normalised latents (C, F, H, W) to pixels (4F-3, 3, 8H, 8W), uint8 on the CPU."""
         mean, std = self._statistics()
         pixels: Tensor = (
-            self.parts["vae"].decode(latents.to(self.device, torch.float32).unsqueeze(0) * std + mean).sample[0]
+            self.part("vae").decode(latents.to(self.device, torch.float32).unsqueeze(0) * std + mean).sample[0]
         )
         return pixels.clamp_(-1, 1).add_(1).mul_(127.5).round_().to(torch.uint8).transpose(0, 1).cpu()
 
@@ -149,7 +165,7 @@ class Backbone:
         """
         from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 
-        tokens = self.parts["tokenizer"](
+        tokens = self.part("tokenizer")(
             [prompt_clean(prompt)],
             padding="max_length",
             max_length=TEXT_LENGTH,
@@ -159,8 +175,8 @@ class Backbone:
             return_tensors="pt",
         )
         ids, mask = tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
-        embedding: Tensor = self.parts["text"](ids, mask).last_hidden_state[0]
-        return embedding[: int(mask.sum())].to(self.dtype).cpu()
+        embedding: Tensor = self.part("text")(ids, mask).last_hidden_state[0]
+        return embedding[: int(mask.sum())].to(self.dtype).cpu().clone()  # not a view that keeps all 512 rows alive
 
     def pad(self, captions: Sequence[Text]) -> TextBatch:
         """Captions as a batch (B, 512, dim) on the device; zeros after the last valid token, as Wan was trained."""
@@ -182,7 +198,7 @@ class Backbone:
 
     def _statistics(self) -> tuple[Tensor, Tensor]:
         """latents_mean and latents_std, each (1, C, 1, 1, 1)."""
-        config = self.parts["vae"].config
+        config = self.part("vae").config
         mean, std = (
             torch.tensor(values, dtype=torch.float32, device=self.device).view(1, -1, 1, 1, 1)
             for values in (config.latents_mean, config.latents_std)

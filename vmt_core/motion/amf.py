@@ -16,6 +16,7 @@ section 4). Where they depart from the papers, and why:
 | FastVMT: reference noised to the current step    | clean latents, sigma 0, once            | sharper matches; one forward instead of ten
 | FastVMT: window around soft-argmax, also in the  | around the tile centre's hard match, in | the same window for both, so that equal
 |   generated video                                |   the reference only                    |   motion has zero loss
+| FastVMT: temperature unstated, 1 in its code     | 2                                       | DiTFlow's; see benchmarks/calibrate.py
 | FastVMT: every window position clamped           | the window's centre clamped             | a clamped position is counted many times
 | FastVMT: displacement relative to window, tile   | true token coordinates                  | else different motions have equal loss
 | FastVMT: pairs j - i = 0 .. s_f                  | 1 .. span                               | a frame against itself holds no motion
@@ -26,8 +27,8 @@ section 4). Where they depart from the papers, and why:
 | DiTFlow: all F^2 pairs                           | without i = j                           | a frame against itself holds no motion
 | DiTFlow: only moving tokens count                | the same (by the hard match)            |
 
-Preset "paper" restores `reference: hard` (DiTFlow), `drift: absolute` (FastVMT) and FastVMT's step-matched reference level;
-it keeps the corrections of what is a defect of the published code rather than a choice (clamping, coordinates, heads).
+Preset "paper" restores `reference: hard` (DiTFlow), and for FastVMT `drift: absolute`, `temperature: 1` and the step-matched
+reference level; it keeps the corrections of what is a defect of the published code rather than a choice (clamping, coordinates, heads).
 """
 
 from __future__ import annotations
@@ -110,11 +111,10 @@ class WindowedAMF(_AMF):
             logits = _logits(source[:, centres].float(), target.float(), scale)
             shift = positions[logits.argmax(-1)] - positions[centres]
             matched = positions + shift[:, tile_of]  # (pairs, N, 2): where each token's window wants to be
-            window = _window(geometry, self.window, matched)
             shifts.append(shift.to(torch.int16))
             valids.append(((matched >= 0) & (matched < limit)).all(-1))
-            flows.append(_flow(source, target, scale, geometry, window, hard=self.reference == "hard"))
-            windows.append(window[:, centres])
+            flows.append(_flow(source, target, scale, geometry, (self.window, matched), hard=self.reference == "hard"))
+            windows.append(_window(geometry, self.window, matched[:, centres]))
         motion = {"shift": torch.cat(shifts), "flow": torch.cat(flows), "valid": torch.cat(valids)}
         if self.window_weight:
             motion["drift"] = _drift(key, windows)
@@ -131,10 +131,10 @@ class WindowedAMF(_AMF):
         for (source, target), shift, size in zip(
             _near_pairs(query, key, self.span), shifts.split(sizes), sizes, strict=True
         ):
-            window = _window(geometry, self.window, positions + shift[:, tile_of])
-            flows.append(_flow(source, target, scale, geometry, window))
+            matched = positions + shift[:, tile_of]
+            flows.append(_flow(source, target, scale, geometry, (self.window, matched)))
             weights += [1 - 0.2 * (geometry.frames - size - 1) / self.span] * size
-            windows.append(window[:, centres])
+            windows.append(_window(geometry, self.window, matched[:, centres]))
         flow = torch.cat(flows)
         weight = torch.tensor(weights, device=flow.device)
         total = _mean_over(flow, motion["flow"].to(flow), motion["valid"].to(flow.device), weight)
@@ -214,7 +214,7 @@ def _flow(
     key: Float[Tensor, "pairs n d"],
     scale: float,
     geometry: Geometry,
-    window: Bool[Tensor, "pairs n n"] | None = None,
+    window: tuple[int, Int[Tensor, "pairs n 2"]] | None = None,
     *,
     ahead: int = 0,
     hard: bool = False,
@@ -222,6 +222,7 @@ def _flow(
     """Displacement of every token of every pair; large logits are recomputed in the backward pass instead of kept.
 
     Args:
+        window: side and centre of each token's; its mask is as large as the logits, and as short-lived.
         ahead: pairs are q of frame i and k of frame (i + ahead) mod F.
         hard: to the one best match.
     """
@@ -231,7 +232,7 @@ def _flow(
         key = key.roll(-ahead, dims=0) if ahead else key  # here, so that no copy is kept for the backward pass
         logits = _logits(query.float(), key.float(), scale) if hard else _logits(query, key, scale)
         if window is not None:
-            logits = logits.masked_fill(~window, -torch.inf)
+            logits = logits.masked_fill(~_window(geometry, *window), -torch.inf)
         if hard:
             return (positions[logits.argmax(-1)] - positions).float()
         return logits.softmax(-1) @ positions.float() - positions.float()
