@@ -27,6 +27,7 @@ def intervals(lines: Sequence[Line], metric: str) -> str:
     axes.set_yticks(range(len(shown)), labels, parse_math=False)  # a prompt may stand in it
     axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.grid(axis="x", alpha=0.2)
+    axes.locator_params(axis="x", nbins=5)  # long numbers of near values would run into each other
     better = {True: "more is better", False: "less is better", None: ""}[BETTER[metric]]
     axes.set_title(f"{metric.replace('_', ' ')}{f' ({better})' if better else ''}", loc="left", fontsize=9)
     return _svg(figure)
@@ -58,6 +59,7 @@ def against_seconds(lines: Sequence[Line], metric: str = "motion") -> str:
     axes.set_xlabel("seconds a video")
     axes.set_title(f"{metric.replace('_', ' ')} against time", loc="left", fontsize=9)
     axes.margins(x=0.25, y=0.2)
+    axes.set_xlim(left=max(0, axes.get_xlim()[0]))
     axes.grid(alpha=0.2)
     return _svg(figure)
 

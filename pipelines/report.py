@@ -228,8 +228,9 @@ def _header(rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> di
         "progress": _shares([(name, count or 0) for name, count in counts.items()]),
         "codes": _commonest(codes),
         "selected": None if selected is None else f"{selected:,}",
-        "rate": None if rate is None else _short(rate),
-        "duration": _duration(_number(summary.get("seconds"))),
+        # a run that found nothing left to make has neither
+        "rate": _short(rate) if rate else None,
+        "duration": _duration(_number(summary.get("seconds")) or None),
         "stages": [
             {"name": name, "seconds": _short(seconds), "x": x, "width": width}
             for (name, seconds), (_, x, width) in zip(stages, _shares(stages), strict=True)

@@ -163,6 +163,13 @@ def test_the_header_counts_what_the_summary_leaves_out() -> None:
     assert values[:3] == [("Videos made", "1"), ("Failed", "1"), ("Left to do", "3")]
 
 
+def test_a_run_that_had_nothing_to_make_tells_no_rate() -> None:
+    page = render([row()], {"selected": 1, "videos_per_hour": 0.0, "seconds": 0.0}, "out")
+    assert "Videos per hour" not in page and "Run time" not in page
+    page = render([row()], {"selected": 1, "videos_per_hour": 90.0, "seconds": 40.0}, "out")
+    assert "Videos per hour" in page and "Run time" in page
+
+
 # In a browser.
 
 
