@@ -8,6 +8,7 @@ import huggingface_hub
 import pytest
 import torch
 from diffusers import WanPipeline
+from safetensors.torch import load_file, save_file
 
 from support import tiny as tiny_model
 from vmt_core import Backbone
@@ -160,8 +161,27 @@ def test_pickled_weights_are_not_read(copy, part, subfolder):
     torch.save({}, file.with_suffix(".bin"))
     torch.save({}, file.with_name("pytorch_model.bin"))
     file.unlink()
-    with pytest.raises(OSError, match="safetensors"):
+    with pytest.raises(ValueError, match=f"{subfolder}: cannot be loaded .*safetensors"):
         Backbone.load(str(copy), parts=(part,))
+
+
+@pytest.mark.parametrize("damage", ["a weight is missing", "cut off", "no JSON"])
+@pytest.mark.parametrize(
+    ("part", "subfolder"), [("vae", "vae"), ("transformer", "transformer"), ("text", "text_encoder")]
+)
+def test_damaged_files_are_named_and_nothing_is_made_up(copy, part, subfolder, damage):
+    (file,) = (copy / subfolder).glob("*.safetensors")
+    if damage == "a weight is missing":
+        tensors = load_file(file)
+        tensors.pop(sorted(tensors)[3])
+        save_file(tensors, file, metadata={"format": "pt"})
+    elif damage == "cut off":
+        file.write_bytes(file.read_bytes()[:-1000])
+    else:
+        (copy / subfolder / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=f"{subfolder}: cannot be loaded") as caught:
+        Backbone.load(str(copy), parts=(part,))
+    assert "\n" not in str(caught.value)
 
 
 def test_the_revision_follows_the_bytes_and_not_the_dates(copy, folder):

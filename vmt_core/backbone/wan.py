@@ -8,7 +8,8 @@ diffusers layout; safetensors only. The VAE runs in fp32, the transformer and th
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import Tensor
 from vmt_core.backbone import taps
 from vmt_core.backbone.geometry import Geometry, Tap
 from vmt_core.backbone.weights import locate, revision
+from vmt_core.faults import device_is_broken, out_of_memory
 from vmt_core.precision import fast_dtype
 from vmt_core.shapes import Frames, LatentBatch, Latents, Text, TextBatch
 
@@ -34,6 +36,20 @@ _FOLDERS: dict[Part, tuple[str, ...]] = {
     "text": ("text_encoder", "tokenizer"),
 }
 TEXT_LENGTH = 512  # tokens; Wan 2.1 was trained on zero-padded captions of this length
+
+
+@contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+    """Names the folder of what the libraries say of its files."""
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error) or device_is_broken(error):
+            raise
+        if "meta tensor" in str(error):  # how torch says that there was no weight in the file
+            raise ValueError(f"{folder}: cannot be loaded, its files lack weights") from error
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{folder}: cannot be loaded ({type(error).__name__}: {reason})") from error
 
 
 @dataclass
@@ -64,7 +80,7 @@ class Backbone:
 
         Raises:
             FileNotFoundError: no such folder, or it lacks a part.
-            ValueError: not a Wan 2.1 text-to-video model.
+            ValueError: not a Wan 2.1 text-to-video model, or files that are damaged, incomplete or of another kind; names the folder.
         """
         from diffusers import AutoencoderKLWan, WanTransformer3DModel  # here: seconds, which a driver has no use for
 
@@ -77,7 +93,8 @@ class Backbone:
         self = cls(path, device, dtype, checkpoint_policy)
         safe: dict[str, Any] = {"use_safetensors": True}
         if "transformer" in parts:
-            config = WanTransformer3DModel.load_config(path, subfolder="transformer")
+            with _reading(path / "transformer"):
+                config = WanTransformer3DModel.load_config(path, subfolder="transformer")
             image = config.get("image_dim") is not None or config.get("in_channels", 16) != config.get(
                 "out_channels", 16
             )
@@ -87,17 +104,25 @@ class Backbone:
                 raise ValueError(f"{model}: its transformer is a {config['_class_name']}, not a WanTransformer3DModel")
             if image or later:
                 raise ValueError(f"{model}: only Wan 2.1 text-to-video is supported, not image-to-video or Wan 2.2")
-            transformer = WanTransformer3DModel.from_pretrained(path, subfolder="transformer", dtype=dtype, **safe)
-            self.parts["transformer"] = transformer.eval().requires_grad_(False).to(device)
+            with _reading(path / "transformer"):
+                transformer = WanTransformer3DModel.from_pretrained(path, subfolder="transformer", dtype=dtype, **safe)
+                self.parts["transformer"] = transformer.eval().requires_grad_(False).to(device)
         if "vae" in parts:
-            vae = AutoencoderKLWan.from_pretrained(path, subfolder="vae", dtype=torch.float32, **safe)
-            self.parts["vae"] = vae.eval().requires_grad_(False).to(device)
+            with _reading(path / "vae"):
+                vae = AutoencoderKLWan.from_pretrained(path, subfolder="vae", dtype=torch.float32, **safe)
+                self.parts["vae"] = vae.eval().requires_grad_(False).to(device)
         if "text" in parts:
             from transformers import AutoTokenizer, UMT5EncoderModel
 
-            text = UMT5EncoderModel.from_pretrained(path, subfolder="text_encoder", dtype=dtype, **safe)
-            self.parts["text"] = text.eval().requires_grad_(False).to(device)
-            self.parts["tokenizer"] = AutoTokenizer.from_pretrained(path / "tokenizer")
+            with _reading(path / "text_encoder"):
+                text, found = UMT5EncoderModel.from_pretrained(
+                    path, subfolder="text_encoder", dtype=dtype, output_loading_info=True, **safe
+                )
+                if found["missing_keys"]:  # transformers would make them up
+                    raise ValueError(f"its file lacks {', '.join(sorted(found['missing_keys'])[:3])}")
+                self.parts["text"] = text.eval().requires_grad_(False).to(device)
+            with _reading(path / "tokenizer"):
+                self.parts["tokenizer"] = AutoTokenizer.from_pretrained(path / "tokenizer")
         return self
 
     @cached_property
