@@ -61,12 +61,6 @@ def train_adapter(settings: TuneSettings, storage: Storage, row: AdapterRow, *, 
     }
 
 
-def forget(settings: TuneSettings, storage: Storage, row: AdapterRow) -> None:
-    """Deletes the checkpoints of an adapter that is whole and stands in the index."""
-    for uri in storage.find(join(settings.output, "run", "training", row.adapter_id)):
-        storage.delete(uri)
-
-
 def _fit(settings: TuneSettings, storage: Storage, row: AdapterRow, folder: str, *, gpus: bool) -> None:
     filesystem, path = storage.arrow(absolute(join(settings.output, "run", "training")))
     trainer = ray.train.torch.TorchTrainer(

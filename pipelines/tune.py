@@ -141,6 +141,8 @@ def tune(
             for row in unfit[:_SHOWN_BAD]:
                 say(f"unfit: {row.reference_uri}: {row.error_code}: {row.error_message}")
             return {"planned": len(chosen), "failed": 0}
+        for adapter_id in {row.adapter_id for row in done.values() if row.status == "ok"} & _kept(settings, storage):
+            _forget(settings, storage, adapter_id)  # a driver was killed before it could
         for row in unfit:
             _keep(storage, settings.output, row)
         if chosen:
@@ -284,9 +286,21 @@ def _keep(storage: Storage, output: str, row: AdapterRow) -> None:
     storage.write(join(output, "adapters", "index", f"{row.adapter_id}.parquet"), sink.getvalue().to_pybytes())
 
 
+def _kept(settings: TuneSettings, storage: Storage) -> set[str]:
+    """Adapters that there are checkpoints of."""
+    place = join(settings.output, "run", "training")
+    return {uri.removeprefix(place).lstrip("/").split("/")[0] for uri in storage.find(place)}
+
+
+def _forget(settings: TuneSettings, storage: Storage, adapter_id: str) -> None:
+    """Deletes the checkpoints of an adapter that is whole and stands in the index."""
+    for uri in storage.find(join(settings.output, "run", "training", adapter_id)):
+        storage.delete(uri)
+
+
 def _train_all(settings: TuneSettings, storage: Storage, chosen: list[AdapterRow], say: Callable[[str], None]) -> None:
     """Trains on every row, as many at once as there is room for; each ends in the index."""
-    from pipelines.training import forget, train_adapter  # brings diffusers
+    from pipelines.training import train_adapter  # brings torch
 
     at_once = min(len(chosen), settings.training.at_once or _room(settings)) or 1
     began, ended, failures = time.monotonic(), 0, 0
@@ -304,7 +318,7 @@ def _train_all(settings: TuneSettings, storage: Storage, chosen: list[AdapterRow
             finished = row.model_copy(update=_failure(error))
         _keep(storage, settings.output, finished)
         if finished.status == "ok":
-            forget(settings, storage, finished)
+            _forget(settings, storage, row.adapter_id)
         with told:
             ended, failures = ended + 1, failures + (finished.status == "failed")
             rate = ended / (time.monotonic() - began)

@@ -69,6 +69,18 @@ def test_what_another_driver_finished_before_the_lock_was_had_is_not_tuned_again
     assert tune.tune(settings, storage, [one], say=lambda _: None)["ok"] == 1
 
 
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_checkpoints_that_a_killed_driver_left_of_finished_adapters_go(settings, slash):
+    storage, one, other = Storage(), adapter(0), adapter(1)
+    settings = settings.model_copy(update={"output": settings.output + slash})
+    tune._keep(storage, settings.output, one.model_copy(update={"status": "ok"}))
+    places = [f"{settings.output.rstrip('/')}/run/training/{row.adapter_id}/snapshot.json" for row in (one, other)]
+    for place in places:
+        storage.write(place, b"{}")
+    assert tune.tune(settings, storage, [one], say=lambda _: None)["ok"] == 1
+    assert [storage.exists(place) for place in places] == [False, True]
+
+
 class FakeData:
     """Stands for Ray Data: every row fails."""
 
