@@ -12,6 +12,7 @@ import errno
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 
 import av
@@ -272,11 +273,19 @@ def _packets(container: InputContainer, stream: VideoStream) -> int:
 def _timed(container: InputContainer, stream: VideoStream, start: float) -> Iterator[tuple[float, av.VideoFrame]]:
     """Frames with their times from the first, in seconds, beginning at or before `start`."""
     base = float(stream.time_base or Fraction(1, 1))
-    origin = (stream.start_time or 0) * base
+    frames: Iterator[av.VideoFrame] = container.decode(stream)
+    first = next(frames, None)
+    if first is None:
+        return
+    # the header's start may be another: AVI files with B-frames say 0 and begin later
+    origin = (first.pts if first.pts is not None else stream.start_time or 0) * base
     if start > 2:  # far in: jump to the keyframe before
         container.seek(int((start + origin - 0.5) / base), stream=stream, backward=True)
+        frames = container.decode(stream)
+    else:
+        frames = chain([first], frames)
     fallback = 0.0
-    for frame in container.decode(stream):
+    for frame in frames:
         time = frame.pts * base - origin if frame.pts is not None else fallback
         fallback = time + 1 / float(stream.average_rate or 25)
         yield time, frame

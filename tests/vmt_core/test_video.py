@@ -128,6 +128,7 @@ def test_a_range_may_end_while_a_frame_is_shown(tmp_path):
         ("v.mkv", "ffv1", "yuva420p"),
         ("v.webm", "libvpx-vp9", "yuv420p"),
         ("v.avi", "mjpeg", "yuvj420p"),
+        ("v.avi", "libx264", "yuv420p"),  # says that it starts at 0, and begins with frame 1
         ("v.ts", "libx264", "yuv420p"),  # its first frame is not at 0, and its header has no count
         ("v.flv", "flv", "yuv420p"),
         ("v.wmv", "wmv2", "yuv420p"),
