@@ -154,7 +154,9 @@ def _agreement(
     cosine = ((_unit(one) * _unit(two)).sum(-1) * (long_one & long_two))[:, mobile]  # a step against a stand: unrelated
     count = steps.sum(0)
     if over > 1 and not bool((count > 0).any()):  # tracks may be lost too soon for long steps
-        return _agreement(first, second, width, moves, over // 2)
+        shorter = _agreement(first, second, width, moves, over // 2)
+        if len(shorter[1]) or not len(count):  # else only long steps tell that something moves
+            return shorter
     return (cosine * steps).sum(0) / count.clamp(min=1), count
 
 

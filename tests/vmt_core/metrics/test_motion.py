@@ -112,6 +112,8 @@ def test_what_is_lost_is_no_agreement_and_its_share_is_told():
     assert followed(moves, lost, 256) == pytest.approx(1 / points)
     lost[1][1:] = False
     assert aligned(moves, lost, 256) == 0 and followed(moves, lost, 256) == 0
+    jumps = straight(*[STAY, STAY, STAY, (2.0, 0.0)] * 4)  # moves over four frames, and stands in most single ones
+    assert aligned(jumps, lost, 256) == 0 and followed(jumps, lost, 256) == 0
     still = straight(*[STAY] * 16)
     assert math.isnan(followed(still, still, 256))
 
