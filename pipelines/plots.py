@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.tables import ALL, BETTER, Line
+from pipelines.tables import ALL, BETTER, Line, few
 
 _INK = "#010203"  # becomes the text colour of the page
 
@@ -18,7 +18,7 @@ def intervals(lines: Sequence[Line], metric: str) -> str:
     shown = [line for line in lines if line.category == ALL and metric in line.cells][::-1]
     if not shown:
         return ""
-    labels = [_wrapped(line.label) for line in shown]
+    labels = [_wrapped(line, metric) for line in shown]
     figure, axes = _figure(4.6, 0.5 + (0.16 + 0.14 * max(label.count("\n") + 1 for label in labels)) * len(shown))
     for place, line in enumerate(shown):
         cell = line.cells[metric]
@@ -46,7 +46,7 @@ def against_seconds(lines: Sequence[Line], metric: str = "motion") -> str:
         # neighbours' names are apart: above and below in turns
         end, offset, side = (y.low, -4, "top") if turn % 2 else (y.high, 4, "bottom")
         axes.annotate(
-            _wrapped(line.label),
+            _wrapped(line, metric),
             (x, end),
             (0, offset),
             textcoords="offset points",
@@ -64,9 +64,11 @@ def against_seconds(lines: Sequence[Line], metric: str = "motion") -> str:
     return _svg(figure)
 
 
-def _wrapped(label: str) -> str:
-    """A label in three lines of 30 characters at most, which leaves room for what is drawn; the table has the whole of it."""
-    return textwrap.fill(label, 30, max_lines=3, placeholder=" …")
+def _wrapped(line: Line, metric: str) -> str:
+    """A line's label in three lines of 30 characters at most, which leaves room for what is drawn; the table has the whole of it."""
+    rest = few(line, metric)
+    label = textwrap.fill(line.label, 30, max_lines=3, placeholder=" …")
+    return f"{label}\n({rest} videos)" if rest else label
 
 
 def _figure(width: float, height: float) -> tuple[Any, Any]:

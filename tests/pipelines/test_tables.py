@@ -78,6 +78,7 @@ def test_a_mean_of_few_of_the_videos_says_so_and_is_not_the_best():
     assert "| bad | 10 | 0.900 (+0.800 [+0.800, +0.800]; 1 of 10 videos) |" in tables.to_markdown(lines)
     assert "| good | 10 | 0.600 (+0.500 [+0.500, +0.500]) |" in tables.to_markdown(lines)
     assert r"\textbf{0.600}" in tables.to_latex(lines) and r"0.900\textsuperscript{1/10}" in tables.to_latex(lines)
+    assert plots.intervals(lines, "motion").count("(1 of 10 videos)") == 1
     assert [line["motion_count"] for line in csv.DictReader(io.StringIO(tables.to_csv(lines)))][:3] == ["10", "1", "10"]
 
 
