@@ -31,6 +31,7 @@ from pipelines.storage import Storage, absolute, describe, join
 from schemas import PretrainSettings, StageSettings, UsageError
 from vmt_core.backbone.weights import locate
 from vmt_core.pretraining import loop
+from vmt_core.pretraining.ahead import Helpers
 from vmt_core.pretraining.dit import DitStage
 from vmt_core.pretraining.export import save_pipeline, save_vae
 from vmt_core.pretraining.vae import DecoderStage, VaeStage
@@ -148,8 +149,10 @@ def _worker(config: dict[str, Any]) -> None:
 
 def _stage(settings: PretrainSettings, storage: Storage, work: Path) -> VaeStage | DitStage:
     stage: VaeStage | DitStage
+    cores = (os.cpu_count() or 1) // settings.workers
+    helpers = Helpers(cores - 1 if settings.device == "cuda" else 0)  # on the CPU the training itself needs them
     if settings.stage == "vae":
-        stage = VaeStage(settings.seed)
+        stage = VaeStage(settings.seed, helpers=helpers)
     else:
         if settings.start:
             vae_folder = Path(settings.start, "vae")
@@ -163,10 +166,11 @@ def _stage(settings: PretrainSettings, storage: Storage, work: Path) -> VaeStage
             settings.device
         )
         if settings.stage == "decoder":
-            stage = DecoderStage(vae, settings.seed)
+            stage = DecoderStage(vae, settings.seed, helpers=helpers)
         else:
             users = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-            stage = DitStage(vae, Path(settings.cache or users / "vmt" / "latents"), settings.seed)
+            cache = Path(settings.cache or users / "vmt" / "latents")
+            stage = DitStage(vae, cache, settings.seed, helpers=helpers)
             if settings.start:
                 stage.start_from(Path(settings.start))
     stage.phases = loop.scaled(stage.phases, settings.steps_scale)

@@ -63,10 +63,16 @@ class Run:
         self.optimizers = stage.optimizers()
         self.base_rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.wrapped = wrap(stage.module)
+        self._next: tuple[tuple[int, int], tuple[Tensor, ...]] | None = None  # (step, rank) and its batch
+
+    @property
+    def steps(self) -> int:
+        """Of all phases."""
+        return sum(phase.steps for phase in self.stage.phases)
 
     @property
     def done(self) -> bool:
-        return self.step >= sum(phase.steps for phase in self.stage.phases)
+        return self.step >= self.steps
 
     def train_step(self, rank: int = 0) -> Logs:
         """One step; logs the loss, the learning rate and the seconds."""
@@ -75,10 +81,12 @@ class Run:
         for optimizer, rates in zip(self.optimizers, self.base_rates, strict=True):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = rate * factor
-        batch = [tensor.to(self.device, non_blocking=True) for tensor in self.stage.batch(self.step, rank)]
+        batch = self._batch(self.step, rank)
         self.stage.module.train()
         loss, logs = self.wrapped(*batch)
         loss.backward()
+        if self.step + 1 < self.steps:  # drawn while a GPU is at the gradients
+            self._next = (self.step + 1, rank), self._batch(self.step + 1, rank)
         norm = nn.utils.clip_grad_norm_(self.stage.module.parameters(), 1.0)
         if not torch.isfinite(norm):
             raise FloatingPointError(f"{self.stage.name}: the gradient at step {self.step} is not finite")
@@ -95,6 +103,12 @@ class Run:
             "learning_rate": factor,
             "seconds": time.perf_counter() - began,
         }
+
+    def _batch(self, step: int, rank: int) -> tuple[Tensor, ...]:
+        ahead, self._next = self._next, None
+        if ahead is not None and ahead[0] == (step, rank):
+            return ahead[1]
+        return tuple(tensor.to(self.device, non_blocking=True) for tensor in self.stage.batch(step, rank))
 
     def validate(self) -> Logs:
         """Of the moving average."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool3d, pad
 
 from vmt_core.precision import autocast
+from vmt_core.pretraining.ahead import Ahead, Helpers
 from vmt_core.world.judge import kind_of
 from vmt_core.world.render import masks, render
 from vmt_core.world.sample import sample
@@ -28,16 +31,26 @@ Size = tuple[int, int, int]  # frames, height, width
 
 CLIPS_A_SHARD = 32
 FIRST_SHARDS = 8  # there at the first step
-MOST_SHARDS = 192  # kept; older ones go
+MOST_SHARDS = 192  # of a size are kept; older ones go
+MOST_GPU_SHARDS = 2048
 
 
 class LatentPool:
-    """Which shards there are at a step follows from the step alone; a shard's clips follow from its number."""
+    """Which shards there are at a step follows from the step alone; a shard's clips follow from its number.
 
-    def __init__(self, vae: Any, cache: Path) -> None:
-        self.vae = vae.eval().requires_grad_(False)
+    Args:
+        vae: on the device where latents are wanted.
+        cache: folder of the shards.
+        helpers: render clips.
+    """
+
+    def __init__(self, vae: Any, cache: Path, helpers: Helpers | None = None) -> None:
+        self.vae, self.helpers = vae.eval().requires_grad_(False), helpers or Helpers()
+        self.device = next(vae.parameters()).device
+        self.most = MOST_SHARDS if self.device.type == "cpu" else MOST_GPU_SHARDS
         self.cache = cache / _identity(vae)
         self.shards: dict[tuple[Size, int], dict[str, Tensor]] = {}
+        self._rendered: dict[Size, Ahead[_Rendered]] = {}
 
     def draw(
         self, random: Random, step: int, count: int, size: Size, *, renew: int
@@ -49,12 +62,15 @@ class LatentPool:
             renew: steps after which a shard is added.
         """
         newest = FIRST_SHARDS + step // renew
-        oldest = max(0, newest - MOST_SHARDS)
+        oldest = max(0, newest - self.most)
         self._forget(size, oldest)
+        for number in range(oldest, newest):
+            if (size, number) not in self.shards:
+                self.shards[size, number] = self._shard(size, number)
         rows, kinds, seeds = [], [], []
         for _ in range(count):
             number, place = random.randrange(oldest, newest), random.randrange(CLIPS_A_SHARD)
-            shard = self._shard(size, number)
+            shard = self.shards[size, number]
             rows.append(shard["latents"][place])
             kinds.append(shard["kinds"][place])
             seeds.append(_seed(size, number * CLIPS_A_SHARD + place))
@@ -64,20 +80,18 @@ class LatentPool:
         """The first clips of the validation split, always the same."""
         seeds = [20 * index + 18 for index in range(clips)]
         if (size, -clips) not in self.shards:
-            self.shards[size, -clips] = self._encode(size, seeds)
+            self.shards[size, -clips] = self._encode(_render(size, seeds))
         return self.shards[size, -clips]["latents"].float(), seeds
 
     def _shard(self, size: Size, number: int) -> dict[str, Tensor]:
-        if (size, number) not in self.shards:
-            path = self.cache / "x".join(map(str, size)) / f"{number}.safetensors"
-            if not path.exists():
-                seeds = [_seed(size, number * CLIPS_A_SHARD + place) for place in range(CLIPS_A_SHARD)]
-                path.parent.mkdir(parents=True, exist_ok=True)
-                building = path.with_name(f".{path.name}.{os.getpid()}")
-                save_file(self._encode(size, seeds), building)
-                building.rename(path)
-            self.shards[size, number] = load_file(path)
-        return self.shards[size, number]
+        path = self.cache / "x".join(map(str, size)) / f"{number}.safetensors"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            rendered = self._rendered.setdefault(size, Ahead(partial(_render_shard, size, CLIPS_A_SHARD), self.helpers))
+            building = path.with_name(f".{path.name}.{os.getpid()}")
+            save_file(self._encode(rendered(number)), building)
+            building.rename(path)
+        return load_file(path, device=str(self.device))
 
     def _forget(self, size: Size, oldest: int) -> None:
         for shard in [key for key in self.shards if key[0] == size and 0 <= key[1] < oldest]:
@@ -86,25 +100,33 @@ class LatentPool:
                 (self.cache / "x".join(map(str, size)) / f"{shard[1]}.safetensors").unlink()
 
     @torch.no_grad()
-    def _encode(self, size: Size, seeds: list[int]) -> dict[str, Tensor]:
-        frames, height, width = size
-        device = next(self.vae.parameters()).device
+    def _encode(self, clips: _Rendered) -> dict[str, Tensor]:
+        pixels, kinds = clips
         mean, std = (
-            torch.tensor(values, device=device).view(1, -1, 1, 1, 1)
+            torch.tensor(values, device=self.device).view(1, -1, 1, 1, 1)
             for values in (self.vae.config.latents_mean, self.vae.config.latents_std)
         )
-        rows, kinds = [], []
-        at_once = 4 if frames > 1 else CLIPS_A_SHARD
-        for start in range(0, len(seeds), at_once):
-            scenes = [
-                sample(seed, frames=frames, height=height, width=width) for seed in seeds[start : start + at_once]
-            ]
-            kinds += [seen(scene) for scene in scenes]
-            pixels = torch.stack([render(scene) for scene in scenes]).to(device).transpose(1, 2).float() / 127.5 - 1
-            with autocast(device):  # two to four times faster, an error of 1 %
-                latents = self.vae.encode(pixels).latent_dist.mode()
-            rows.append(((latents.float() - mean) / std).to("cpu", torch.bfloat16))
-        return {"latents": torch.cat(rows), "kinds": torch.stack(kinds)}
+        rows = []
+        at_once = 4 if self.device.type == "cpu" and pixels.shape[1] > 1 else CLIPS_A_SHARD
+        for some in pixels.split(at_once):
+            values = some.to(self.device).transpose(1, 2).float() / 127.5 - 1
+            with autocast(self.device):  # two to four times faster, an error of 1 %
+                latents = self.vae.encode(values).latent_dist.mode()
+            rows.append(((latents.float() - mean) / std).bfloat16())
+        return {"latents": torch.cat(rows).cpu(), "kinds": kinds}
+
+
+_Rendered = tuple[Tensor, Tensor]  # (clips, T, 3, H, W) uint8, and what their tokens show
+
+
+def _render_shard(size: Size, clips: int, number: int) -> _Rendered:
+    return _render(size, [_seed(size, number * clips + place) for place in range(clips)])
+
+
+def _render(size: Size, seeds: Sequence[int]) -> _Rendered:
+    frames, height, width = size
+    scenes = [sample(seed, frames=frames, height=height, width=width) for seed in seeds]
+    return torch.stack([render(scene) for scene in scenes]), torch.stack([seen(scene) for scene in scenes])
 
 
 def seen(scene: Scene) -> Int[Tensor, "f h w"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -11,6 +12,7 @@ from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, Wa
 from torch import Tensor, nn
 
 from vmt_core.precision import autocast
+from vmt_core.pretraining.ahead import Ahead, Helpers
 from vmt_core.pretraining.loop import Logs, Phase, phase_at
 from vmt_core.world.render import centres, render
 from vmt_core.world.sample import sample
@@ -38,6 +40,10 @@ PHASES = (
 
 #: Of the decoder alone, for the latents of an encoder that is done.
 DECODER_PHASES = (Phase(4000, PHASES[-1].clips, 6e-4, decay_to=0.01),)
+#: The same on a GPU, which a few small crops would leave idle.
+GPU_DECODER_PHASES = (
+    Phase(700, (*((24, 17, 96, 96),) * 2, (32, 9, 96, 96), (12, 33, 96, 96), (128, 1, 96, 96)), 8e-4, decay_to=0.01),
+)
 
 
 class VaeLoss(nn.Module):
@@ -78,8 +84,11 @@ class VaeStage:
     ema_decay = 0.998
     validation_clips = 8
 
-    def __init__(self, seed: int = 0, phases: tuple[Phase, ...] = PHASES) -> None:
-        self.seed, self.phases = seed, phases
+    def __init__(
+        self, seed: int = 0, phases: tuple[Phase, ...] = PHASES, helpers: Helpers | None = None
+    ) -> None:
+        self.seed, self.phases, self.helpers = seed, phases, helpers or Helpers()
+        self._crops: Ahead[Tensor] | None = None
         torch.manual_seed(seed)
         vae = AutoencoderKLWan(**CONFIG)
         look_at_one_frame(vae)
@@ -90,10 +99,9 @@ class VaeStage:
         return [torch.optim.AdamW(trained, lr=1.0, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)]
 
     def batch(self, step: int, rank: int) -> tuple[Tensor, ...]:
-        random = Random(f"vae {self.seed} {step} {rank}")
-        torch.manual_seed(random.getrandbits(63))  # of the posterior's noise
-        count, frames, height, width = random.choice(phase_at(self.phases, step)[0].clips)
-        return (torch.stack([crop(random, frames, height, width) for _ in range(count)]),)
+        torch.manual_seed(Random(f"noise {self.seed} {step} {rank}").getrandbits(63))  # of the posterior
+        self._crops = self._crops or Ahead(partial(crops, self.seed, rank, self.phases), self.helpers)
+        return (self._crops(step),)
 
     def validate(self, module: nn.Module) -> Logs:
         """PSNR of whole held-out clips, fp32, and how much the decoding of a still clip flickers (of 255)."""
@@ -122,8 +130,15 @@ class DecoderStage(VaeStage):
 
     name = "decoder"
 
-    def __init__(self, vae: AutoencoderKLWan, seed: int = 0, phases: tuple[Phase, ...] = DECODER_PHASES) -> None:
-        super().__init__(seed, phases)
+    def __init__(
+        self,
+        vae: AutoencoderKLWan,
+        seed: int = 0,
+        phases: tuple[Phase, ...] | None = None,
+        helpers: Helpers | None = None,
+    ) -> None:
+        on_cpu = next(vae.parameters()).device.type == "cpu"
+        super().__init__(seed, phases or (DECODER_PHASES if on_cpu else GPU_DECODER_PHASES), helpers)
         self.module = VaeLoss(vae, decoder_only=True)
 
 
@@ -141,6 +156,13 @@ def look_at_one_frame(vae: AutoencoderKLWan) -> None:
                 layer.time_conv.weight.zero_()
                 layer.time_conv.weight[:, :, -1, 0, 0] = torch.eye(into).repeat(out // into, 1)
                 layer.time_conv.bias.zero_()
+
+
+def crops(seed: int, rank: int, phases: tuple[Phase, ...], step: int) -> Tensor:
+    """The clips of a step, (count, 3, frames, height, width) in [-1, 1]."""
+    random = Random(f"vae {seed} {step} {rank}")
+    count, frames, height, width = random.choice(phase_at(phases, step)[0].clips)
+    return torch.stack([crop(random, frames, height, width) for _ in range(count)])
 
 
 def crop(random: Random, frames: int, height: int, width: int) -> Tensor:

@@ -51,20 +51,23 @@ class Judge(nn.Module):
         super().__init__()
         channels = (3, width, 2 * width, 3 * width, 4 * width)
         layers: list[nn.Module] = []
-        for into, out in pairwise(channels):
-            layers += [nn.Conv2d(into, out, 3, stride=2, padding=1), nn.GroupNorm(8, out), nn.SiLU()]
+        for (into, out), stride in zip(pairwise(channels), (2, 2, 2, 1), strict=True):
+            layers += [nn.Conv2d(into, out, 3, stride=stride, padding=1), nn.GroupNorm(8, out), nn.SiLU()]
         layers += [nn.Conv2d(channels[-1], channels[-1], 3, padding=1), nn.GroupNorm(8, channels[-1]), nn.SiLU()]
         self.body = nn.Sequential(*layers)
-        self.sizes = (len(COLOURS) * len(KINDS), len(PATTERNS), len(GROUNDS))
-        self.head = nn.Linear(2 * channels[-1], sum(self.sizes))
+        self.where = nn.Conv2d(channels[-1], len(COLOURS), 1)
+        self.kinds = nn.Parameter(torch.randn(len(COLOURS), channels[-1], len(KINDS)) / channels[-1] ** 0.5)
+        self.grounds = nn.Linear(2 * channels[-1], len(PATTERNS) + len(GROUNDS))
 
     def forward(self, frames: Float[Tensor, "b 3 h w"]) -> tuple[Tensor, Tensor, Tensor]:
         if frames.shape[-2:] != (_SIDE, _SIDE):
             frames = interpolate(frames, (_SIDE, _SIDE), mode="area")
         features = self.body(frames)
+        there = self.where(features).flatten(2).softmax(-1)  # each colour is looked for, and its kind read where it is
+        seen = there @ features.flatten(2).mT  # (B, colours, channels)
+        bodies = torch.einsum("bcf,cfk->bck", seen, self.kinds)
         pooled = torch.cat([features.mean((-2, -1)), features.amax((-2, -1))], -1)
-        bodies, pattern, ground = self.head(pooled).split(self.sizes, -1)
-        return bodies.unflatten(-1, (len(COLOURS), len(KINDS))), pattern, ground
+        return bodies, *self.grounds(pooled).split((len(PATTERNS), len(GROUNDS)), -1)
 
     @torch.no_grad()
     def look(self, clip: Frames) -> tuple[Float[Tensor, "colours kinds"], Float[Tensor, " p"], Float[Tensor, " g"]]:
@@ -134,7 +137,7 @@ def mean(found: Sequence[Verdict]) -> Verdict:
     return Verdict(*(sum(column) / len(found) for column in columns))
 
 
-def train(*, scenes: int = 8000, steps: int = 1500, batch: int = 96, seed: int = 0) -> Judge:
+def train(*, scenes: int = 12_000, steps: int = 2000, batch: int = 96, seed: int = 0) -> Judge:
     """A judge, from scenes of the train split: two frames of each, blurred and noisy at random as generated clips may be."""
     torch.manual_seed(seed)
     chosen = [sample(20 * (index // 18) + index % 18, frames=2, height=_SIDE, width=_SIDE) for index in range(scenes)]

@@ -10,6 +10,7 @@ from torch import nn
 
 from vmt_core import Backbone
 from vmt_core.pretraining import export, loop, pool
+from vmt_core.pretraining.ahead import Helpers
 from vmt_core.pretraining.dit import BODIES, MORE_PHASES, NAMED_BLOCK, NAMING, DitLoss, DitStage
 from vmt_core.pretraining.dit import PHASES as PHASES_OF_CLIPS
 from vmt_core.pretraining.loop import Phase, Run
@@ -280,6 +281,20 @@ def test_the_pool_is_renewed_and_follows_from_the_step(few, small, tmp_path):
     held, validation = first.validation(size, 4)
     assert {split(seed) for seed in validation} == {"val"}
     assert len(held) == len(validation) == 4
+
+
+def test_helpers_change_nothing_of_what_is_trained_on(few, small, tmp_path):
+    helpers, size = Helpers(1), (5, 32, 32)
+    drawn = [
+        pool.LatentPool(few, tmp_path / name, helpers=some).draw(Random(1), 4, 6, size, renew=2)
+        for name, some in (("alone", None), ("helped", helpers))
+    ]
+    assert drawn[0][2] == drawn[1][2]
+    assert all(torch.equal(one, other) for one, other in zip(drawn[0][:2], drawn[1][:2], strict=True))
+    phases = (Phase(3, ((2, 5, 32, 32), (1, 1, 32, 32)), 1e-3),)
+    stages = [VaeStage(phases=phases, helpers=some) for some in (None, helpers)]
+    for step in range(3):
+        assert torch.equal(*(stage.batch(step, 0)[0] for stage in stages))
 
 
 def test_captions_belong_to_their_clips(few, small, tmp_path):
