@@ -84,7 +84,10 @@ def fastvmt(preset: str = "default", *, objective: Group = None, guidance: Group
         "paper": {"temperature": 1.0, "drift": "absolute"},
         "nano": {"block": 5, "window": 9},
     }
-    guidances: dict[str, dict[str, Any]] = {"paper": {"level": "step"}, "nano": {"learning_rate": (0.006, 0.004)}}
+    guidances: dict[str, dict[str, Any]] = {
+        "paper": {"level": "step"},
+        "nano": {"learning_rate": (0.006, 0.004), "span": 0.4},
+    }
     return Method(
         name="fastvmt",
         guidance=Guidance(
@@ -97,7 +100,7 @@ def fastvmt(preset: str = "default", *, objective: Group = None, guidance: Group
 def ditflow(preset: str = "default", *, objective: Group = None, guidance: Group = None, start: Group = None) -> Method:
     """DiTFlow (arXiv 2412.07776): AMF over all frame pairs, 5 updates a guided step, each with its own gradient."""
     objectives: dict[str, dict[str, Any]] = {"default": {}, "paper": {"reference": "hard"}, "nano": {"block": 5}}
-    guidances: dict[str, dict[str, Any]] = {"nano": {"learning_rate": (0.012, 0.008)}}
+    guidances: dict[str, dict[str, Any]] = {"nano": {"learning_rate": (0.012, 0.008), "span": 0.4}}
     defaults = {"inner": 5, "interval": 1, "learning_rate": (0.002, 0.001), "decay": "outer"}
     return Method(
         name="ditflow",

@@ -84,9 +84,7 @@ class VaeStage:
     ema_decay = 0.998
     validation_clips = 8
 
-    def __init__(
-        self, seed: int = 0, phases: tuple[Phase, ...] = PHASES, helpers: Helpers | None = None
-    ) -> None:
+    def __init__(self, seed: int = 0, phases: tuple[Phase, ...] = PHASES, helpers: Helpers | None = None) -> None:
         self.seed, self.phases, self.helpers = seed, phases, helpers or Helpers()
         self._crops: Ahead[Tensor] | None = None
         torch.manual_seed(seed)
