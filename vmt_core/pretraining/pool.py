@@ -64,12 +64,13 @@ class LatentPool:
         newest = FIRST_SHARDS + step // renew
         oldest = max(0, newest - self.most)
         self._forget(size, oldest)
-        for number in range(oldest, newest):
+        picked = [(random.randrange(oldest, newest), random.randrange(CLIPS_A_SHARD)) for _ in range(count)]
+        # helpers work ahead and in order; alone, a short run makes only what it sees
+        for number in range(oldest, newest) if self.helpers.processes else {number for number, _ in picked}:
             if (size, number) not in self.shards:
                 self.shards[size, number] = self._shard(size, number)
         rows, kinds, seeds = [], [], []
-        for _ in range(count):
-            number, place = random.randrange(oldest, newest), random.randrange(CLIPS_A_SHARD)
+        for number, place in picked:
             shard = self.shards[size, number]
             rows.append(shard["latents"][place])
             kinds.append(shard["kinds"][place])

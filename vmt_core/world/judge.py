@@ -173,10 +173,17 @@ def accuracy(judge: Judge, clips: int = 300) -> Verdict:
 
 
 def cached(path: Path) -> Judge:
-    """The judge of a file, trained and written there if there is none."""
+    """The judge of a file, trained and written there if there is none.
+
+    Raises:
+        ValueError: the file holds another architecture.
+    """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(train().state_dict(), path)
     judge = Judge()
-    judge.load_state_dict(load_file(path))
+    try:
+        judge.load_state_dict(load_file(path))
+    except RuntimeError as error:
+        raise ValueError(f"{path}: weights of another judge; remove the file, and this one is trained there") from error
     return judge.eval()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from vmt_core.world import Scene, centres, masks, render, sample
 from vmt_core.world.judge import (
@@ -102,3 +103,9 @@ def test_a_judge_learns_and_is_kept(tmp_path, monkeypatch):
     again = cached(tmp_path / "judge.safetensors")
     assert accuracy(again, clips=40) == verdict
     assert isinstance(again, Judge)
+
+
+def test_a_file_of_another_judge_is_refused(tmp_path):
+    save_file({"head.weight": torch.zeros(1)}, tmp_path / "judge.safetensors")
+    with pytest.raises(ValueError, match="weights of another judge; remove the file"):
+        cached(tmp_path / "judge.safetensors")
