@@ -59,7 +59,7 @@ def test_a_manifest_becomes_videos_that_are_the_same_whatever_the_batches_and_th
             assert container.metadata["comment"] == "AI-generated"
         assert Path(row.reference_video_uri).is_file()
         assert row.denoiser_calls == 6
-        assert row.evaluations == {"fastvmt": 4, "ditflow": 5, "none": 0}[row.method]
+        assert row.evaluations == {"fastvmt": 8, "ditflow": 10, "none": 0}[row.method]
         assert min(row.seconds_encode, row.seconds_transfer, row.seconds_finish) >= 0
         assert json.loads(row.versions)["torch"]
     assert len(list((tmp_path / "one" / "references").glob("*.mp4"))) == 2
