@@ -39,6 +39,7 @@ WIDE = {
     "text_dim": 128,
     "freq_dim": 64,
 }
+LIGHT = "sparse, nothing recomputed"
 WAN_1_3B = {"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960}
 
 
@@ -73,9 +74,12 @@ def steps(arguments: argparse.Namespace) -> None:
     text = torch.randn(40, config.get("text_dim", 4096))
     prepared = method.Prepared(whole, whole.transpose(0, 1), whole[:, :2], text, text[:1])
     types = method.head_types(backbone, prepared, FollowYourMotion())
-    seconds: dict[str, list[float]] = {"dense": [], "sparse": []}
+    seconds: dict[str, list[float]] = {}
     peaks: dict[str, str] = {}
-    for name, sparse in (("dense", "off"), ("sparse", "latent")):
+    kinds = (("dense", "off", "selective"), ("sparse", "latent", "selective"), (LIGHT, "latent", "none"))
+    for name, sparse, policy in kinds:
+        backbone.checkpoint_policy = policy
+        seconds[name] = []
         settings = FollowYourMotion(sparse=sparse, temporal={"steps": 10**6, "validate_every": 10**6})
         task = method.begin(backbone, "temporal", prepared, types, settings, {})
         run = Tuning(task, TorchEngine(task.module, task.schedule, device))
@@ -94,7 +98,8 @@ def steps(arguments: argparse.Namespace) -> None:
     print("| frames of a step | seconds | peak memory, GiB |\n|---|---|---|")
     for name, value in medians.items():
         print(f"| {name} | {value:.3f} | {peaks[name]} |")
-    print(f"dense : sparse = {medians['dense'] / medians['sparse']:.2f}")
+    ratios = [f"dense : {name} = {medians['dense'] / medians[name]:.2f}" for name in ("sparse", LIGHT)]
+    print("\n".join(ratios))
 
 
 def tune(backbone: Backbone, prepared: method.Prepared, settings: FollowYourMotion) -> dict[str, Weights]:

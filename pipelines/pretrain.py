@@ -55,13 +55,7 @@ def run(settings: PretrainSettings, say: Callable[[str], None] = print) -> None:
         )
     if settings.resume and not begun:
         raise UsageError(f"--output {settings.output}: has no checkpoint of stage {settings.stage} to --resume")
-    if settings.start and settings.stage != "dit":
-        raise UsageError(f"--start {settings.start}: only the dit stage can start from a model")
-    if (
-        settings.stage != "vae"
-        and not settings.start
-        and not storage.exists(join(settings.output, "vae", "weights", "config.json"))
-    ):
+    if settings.stage != "vae" and not settings.start and not _has_autoencoder(settings, storage):
         raise UsageError(f"--output {settings.output}: has no trained autoencoder; run --stage vae first")
     if settings.start:
         try:
@@ -97,6 +91,10 @@ def run(settings: PretrainSettings, say: Callable[[str], None] = print) -> None:
 
 def _weights(settings: PretrainSettings) -> str:
     return join(settings.output, *(["wan-nano"] if settings.stage == "dit" else ["vae", "weights"]))
+
+
+def _has_autoencoder(settings: PretrainSettings, storage: Storage) -> bool:
+    return storage.exists(join(settings.output, "vae", "weights", "config.json"))
 
 
 def _worker(config: dict[str, Any]) -> None:
@@ -153,18 +151,19 @@ def _stage(settings: PretrainSettings, storage: Storage, work: Path) -> VaeStage
     helpers = Helpers(cores - 1 if settings.device == "cuda" else 0)  # on the CPU the training itself needs them
     if settings.stage == "vae":
         stage = VaeStage(settings.seed, helpers=helpers)
-    else:
         if settings.start:
-            vae_folder = Path(settings.start, "vae")
-        else:
-            vae_folder, weights = work / "vae", join(settings.output, "vae", "weights")
+            stage.start_from(_autoencoder(Path(settings.start, "vae"), settings.device))
+    else:
+        folder = work / "vae"
+        if _has_autoencoder(settings, storage):
+            weights = join(settings.output, "vae", "weights")
             for name in storage.details(weights):
-                target = vae_folder / name
+                target = folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(storage.read(join(weights, name)))
-        vae = AutoencoderKLWan.from_pretrained(vae_folder, use_safetensors=True, dtype=torch.float32).to(
-            settings.device
-        )
+        else:
+            folder = Path(str(settings.start), "vae")
+        vae = _autoencoder(folder, settings.device)
         if settings.stage == "decoder":
             stage = DecoderStage(vae, settings.seed, helpers=helpers)
         else:
@@ -176,6 +175,11 @@ def _stage(settings: PretrainSettings, storage: Storage, work: Path) -> VaeStage
     stage.phases = loop.scaled(stage.phases, settings.steps_scale)
     stage.validation_clips = settings.validation_clips or stage.validation_clips
     return stage
+
+
+def _autoencoder(folder: Path, device: str) -> AutoencoderKLWan:
+    vae: AutoencoderKLWan = AutoencoderKLWan.from_pretrained(folder, use_safetensors=True, dtype=torch.float32)
+    return vae.to(device)
 
 
 def _data_parallel(module: nn.Module) -> nn.Module:

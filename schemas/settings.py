@@ -294,7 +294,8 @@ class PretrainSettings(JobSettings):
     )
     start: str | None = Field(
         default=None,
-        description="dit: a model whose weights are trained on, wan-nano or a local folder; empty: from random ones",
+        description="a model whose weights are trained on, wan-nano or a local folder; an autoencoder that stands in output/vae "
+        "takes the place of its own; empty: from random ones",
     )
     minutes: PositiveFloat = Field(default=60, description="stop after this long, with a checkpoint")
     resume: bool = Field(default=False, description="go on from the stage's last checkpoint")

@@ -60,7 +60,6 @@ def test_a_second_run_without_resume_is_refused(trained):
     [
         (["--stage", "dit"], "has no trained autoencoder; run --stage vae first"),
         (["--stage", "vae", "--resume"], "has no checkpoint of stage vae to --resume"),
-        (["--stage", "vae", "--start", "wan-nano"], "only the dit stage can start from a model"),
         (["--stage", "dit", "--start", "nowhere"], "--start nowhere: no such folder"),
         (["--stage", "both"], "stage: Input should be 'vae', 'dit' or 'decoder'"),
     ],
@@ -84,6 +83,21 @@ def test_the_transformer_becomes_a_model_that_plan_takes(trained, clips, prompts
         "--height", 64, "--width", 64, "--frames", 9, "--output", tmp_path / "manifest",
     )  # fmt: skip
     assert code == 0, text
+
+
+def test_an_autoencoder_is_trained_on_and_a_transformer_follows_it(tmp_path):
+    output = tmp_path / "out"
+    code, text = jobs.run("pretrain", "--stage", "vae", "--start", "wan-nano", "--output", output, *FEW)
+    assert code == 0, text
+    assert float(re.search(r"psnr_17 ([\d.]+)", text)[1]) > 20  # random weights reach 10 at most
+    trained = json.loads((output / "vae" / "weights" / "config.json").read_text())
+    assert trained["_name_or_path"] == ""
+    code, text = jobs.run(
+        "pretrain", "--stage", "dit", "--start", "wan-nano", "--output", output, "--cache", tmp_path / "latents", *FEW
+    )
+    assert code == 0, text
+    made = WanPipeline.from_pretrained(output / "wan-nano").vae.config
+    assert made.latents_std == trained["latents_std"]  # of the autoencoder in out, not of the one in wan-nano
 
 
 def test_two_workers_train_together_on_s3(bucket):

@@ -24,6 +24,7 @@ def save_vae(module: nn.Module, folder: Path, clips: int = 48) -> None:
     if not module.decoder_only:  # else they are what they were
         mean, std = latent_statistics(vae, clips)
         vae.register_to_config(latents_mean=mean, latents_std=std)
+    vae.register_to_config(_name_or_path="")  # else the folder that it was read from
     vae.save_pretrained(folder)
 
 

@@ -38,12 +38,21 @@ PHASES = (
     ),
 )
 
+#: Of an autoencoder that has seen the others, on a GPU, which a few small crops would leave idle.
+GPU_MORE_PHASES = (
+    Phase(
+        2000,
+        (*((16, 17, 96, 96),) * 3, (24, 9, 96, 96), (8, 33, 96, 96), (96, 1, 96, 96)),
+        1e-3,
+        warmup=100,
+        decay_to=0.1,
+    ),
+)
+
 #: Of the decoder alone, for the latents of an encoder that is done.
 DECODER_PHASES = (Phase(4000, PHASES[-1].clips, 6e-4, decay_to=0.01),)
-#: The same on a GPU, which a few small crops would leave idle.
-GPU_DECODER_PHASES = (
-    Phase(700, (*((24, 17, 96, 96),) * 2, (32, 9, 96, 96), (12, 33, 96, 96), (128, 1, 96, 96)), 8e-4, decay_to=0.01),
-)
+#: The same on a GPU.
+GPU_DECODER_PHASES = (Phase(1000, GPU_MORE_PHASES[-1].clips, 6e-4, warmup=50, decay_to=0.01),)
 
 
 class VaeLoss(nn.Module):
@@ -91,6 +100,11 @@ class VaeStage:
         vae = AutoencoderKLWan(**CONFIG)
         look_at_one_frame(vae)
         self.module = VaeLoss(vae)
+
+    def start_from(self, vae: AutoencoderKLWan) -> None:
+        """Takes the weights of an autoencoder and trains on: by the last of PHASES, or GPU_MORE_PHASES where it is on a GPU."""
+        self.module = VaeLoss(vae)
+        self.phases = PHASES[-1:] if next(vae.parameters()).device.type == "cpu" else GPU_MORE_PHASES
 
     def optimizers(self) -> list[torch.optim.Optimizer]:
         trained = [parameter for parameter in self.module.parameters() if parameter.requires_grad]

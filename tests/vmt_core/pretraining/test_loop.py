@@ -10,8 +10,9 @@ from torch import nn
 
 from vmt_core import Backbone
 from vmt_core.pretraining import export, loop, pool
+from vmt_core.pretraining import vae as autoencoder
 from vmt_core.pretraining.ahead import Helpers
-from vmt_core.pretraining.dit import BODIES, MORE_PHASES, NAMED_BLOCK, NAMING, DitLoss, DitStage
+from vmt_core.pretraining.dit import BODIES, GPU_MORE_PHASES, MORE_PHASES, NAMED_BLOCK, NAMING, DitLoss, DitStage
 from vmt_core.pretraining.dit import PHASES as PHASES_OF_CLIPS
 from vmt_core.pretraining.loop import Phase, Run
 from vmt_core.pretraining.vae import VaeStage, crop, look_at_one_frame, pixels
@@ -186,6 +187,32 @@ def test_a_fresh_autoencoder_treats_every_frame_alike():
         assert many.diff(dim=2).abs().max() < 1e-4
 
 
+def test_an_autoencoder_is_trained_on_from_its_weights(few):
+    stage = VaeStage()
+    stage.start_from(few)
+    assert stage.module.vae is few
+    assert stage.phases == autoencoder.PHASES[-1:]  # of a CPU
+
+
+@pytest.mark.parametrize(
+    "phases",
+    [
+        autoencoder.PHASES, autoencoder.DECODER_PHASES, autoencoder.GPU_MORE_PHASES, autoencoder.GPU_DECODER_PHASES,
+        PHASES_OF_CLIPS, MORE_PHASES, GPU_MORE_PHASES,
+    ],
+)  # fmt: skip
+def test_every_clip_is_of_a_size_that_the_model_takes(phases):
+    for phase in phases:
+        for _, frames, height, width in phase.clips:
+            assert frames % 4 == 1
+            assert height % 16 == width % 16 == 0
+
+
+@pytest.mark.parametrize("phases", [autoencoder.PHASES, autoencoder.GPU_MORE_PHASES, autoencoder.GPU_DECODER_PHASES])
+def test_the_autoencoder_sees_every_length_on_offer_to_the_end(phases):
+    assert {frames for _, frames, *_ in phases[-1].clips} == {1, 9, 17, 33}  # it does not extrapolate in time
+
+
 def test_crops_are_of_train_scenes_and_some_stand_still():
     clips = [crop(Random(index), 5, 64, 64) for index in range(60)]
     assert all(clip.shape == (3, 5, 64, 64) and clip.abs().max() <= 1 for clip in clips)
@@ -232,7 +259,7 @@ def test_the_transformer_trains_resumes_and_becomes_a_model(few, small, tmp_path
         assert all(torch.equal(taken[key], kept[key].bfloat16().float()) for key in kept)
 
 
-@pytest.mark.parametrize("phases", [PHASES_OF_CLIPS, MORE_PHASES])
+@pytest.mark.parametrize("phases", [PHASES_OF_CLIPS, MORE_PHASES, GPU_MORE_PHASES])
 def test_validation_is_on_clips_that_move(few, tmp_path, monkeypatch, phases):
     stage = DitStage(few, tmp_path, phases=phases)
 
