@@ -1,6 +1,6 @@
 """Runs -> metrics of every video -> tables. Results are streamed from storage through a pool of actors; what is measured stays measured.
 
-EVAL/metrics/suite=…/….parquet       a row for every result row (`schemas.MetricRow`), joined by run and sample_id
+EVAL/metrics/suite_id=…/….parquet       a row for every result row (`schemas.MetricRow`), joined by run and sample_id
 EVAL/comparison.csv                  a line for every method; categories.csv one for every method and category, as comparison.parquet
 EVAL/comparison.{md,tex}             the same to read and to print
 EVAL/paper.md                        the columns of the papers' tables, with the published numbers beside ours

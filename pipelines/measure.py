@@ -65,7 +65,7 @@ def suite_of(settings: EvaluateSettings) -> str:
 def folder_of(settings: EvaluateSettings) -> str:
     """Where the metrics of this suite lie; those of another one stay beside."""
     digest = hashlib.sha256(suite_of(settings).encode()).hexdigest()[:12]
-    return join(settings.output, "metrics", f"suite={digest}")
+    return join(settings.output, "metrics", f"suite_id={digest}")
 
 
 class Measure:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import deepcopy
 from itertools import product
 from typing import Any
@@ -13,7 +15,7 @@ from pydantic import ValidationError
 
 from pipelines import adapters, manifest, models, progress
 from pipelines.references import Clip, open_all, references
-from pipelines.storage import Storage, absolute
+from pipelines.storage import Storage, absolute, join
 from schemas import ManifestRow, PlanSettings, UsageError, first_fault
 from vmt_core import flops
 from vmt_core.backbone import nano
@@ -24,6 +26,7 @@ from vmt_core.presets import Native, native
 
 _BITS_PER_PIXEL = 0.2  # H.264 at crf 18, about
 _SHOWN_BAD = 20
+_LEFT_OUT = "_left_out.csv"  # readers of Parquet folders pass over names that begin so
 
 
 def run(settings: PlanSettings, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -51,6 +54,8 @@ def run(settings: PlanSettings, say: Callable[[str], None] = print) -> dict[str,
     clips, bad = open_all(storage, settings, found)
     for _, error in bad[:_SHOWN_BAD]:
         say(f"bad clip: {error.code}: {error.message}")
+    if len(bad) > _SHOWN_BAD:
+        say(f"… and {len(bad) - _SHOWN_BAD} more bad clips")
     if bad and not settings.skip_bad:
         raise UsageError(
             f"{len(bad)} of {len(found)} clips cannot be used; mend them, or leave them out with --skip-bad"
@@ -76,20 +81,26 @@ def run(settings: PlanSettings, say: Callable[[str], None] = print) -> dict[str,
         for prompt in own
         for seed in settings.seeds
     ]
-    _no_duplicates(rows)
+    rows, repeated = _once(rows, settings.skip_bad)
     manifest.write(storage, settings.output, rows)
+    left_out = [(reference.uri, error.code.value, error.message) for reference, error in bad]
+    left_out += [(uri, "duplicate", f"the same clip as {other}") for uri, other in repeated.items()]
+    if left_out:
+        storage.write(join(settings.output, _LEFT_OUT), _csv([("uri", "code", "message"), *left_out]))
+    else:
+        storage.delete(join(settings.output, _LEFT_OUT))  # of an older plan
     estimate = _estimate(rows, methods, config, native(settings.model).checkpoint)
     counts = {
         "rows": len(rows),
-        "references": len(clips),
-        "bad": len(bad),
+        "references": len({(row.reference_uri, row.start_frame, row.end_frame, row.fps) for row in rows}),
+        "bad": len(left_out),
         "prompts": len({row.prompt for row in rows}),
     }
     each = {len(own) for own in asked}
     say(
-        f"{len(rows)} rows = {len(clips)} references x {'-'.join(map(str, sorted(each)))} prompts x {len(settings.seeds)} seeds "
+        f"{len(rows)} rows = {counts['references']} references x {'-'.join(map(str, sorted(each)))} prompts x {len(settings.seeds)} seeds "
         f"x {len(methods)} methods ({', '.join(dict.fromkeys(method.name for method in methods))})"
-        + (f"; {len(bad)} bad clips left out" if bad else "")
+        + (f"; {len(left_out)} clips left out: {join(settings.output, _LEFT_OUT)}" if left_out else "")
     )
     say(
         f"estimate: {estimate['evaluations']:,} guidance gradients, {estimate['flops']:.3g} FLOPs, "
@@ -254,12 +265,31 @@ def _settings(method: Method) -> str:
     return json.dumps(method.settings(), sort_keys=True, separators=(",", ":"))
 
 
-def _no_duplicates(rows: list[ManifestRow]) -> None:
+def _once(rows: list[ManifestRow], skip: bool) -> tuple[list[ManifestRow], dict[str, str]]:
+    """The rows without those that stand there already, and the clips of the latter, each with the one that it repeats.
+
+    Raises:
+        UsageError: there are some, and they are not to be left out.
+    """
     first: dict[str, ManifestRow] = {}
+    repeated: dict[str, str] = {}
     for row in rows:
         other = first.setdefault(row.sample_id, row)
         if other is not row:
-            raise UsageError(f"{row.reference_uri} and {other.reference_uri} are the same clip; leave one of them out")
+            repeated[row.reference_uri] = other.reference_uri
+    if repeated and not skip:
+        (one, other_uri), more = next(iter(repeated.items())), len(repeated) - 1
+        raise UsageError(
+            f"{one} and {other_uri} are the same clip{f', and so are {more} more' if more else ''}; leave one of them out, or let "
+            "--skip-bad do it"
+        )
+    return list(first.values()), repeated
+
+
+def _csv(lines: Iterable[Sequence[str]]) -> bytes:
+    text = io.StringIO()
+    csv.writer(text).writerows(lines)
+    return text.getvalue().encode()
 
 
 def _estimate(

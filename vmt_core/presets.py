@@ -1,4 +1,4 @@
-"""What a model is made for: size, rate and sampling that `plan` takes where the user says nothing."""
+"""What a model is made for: size and sampling that `plan` takes where the user says nothing; a clip's own rate comes before the model's."""
 
 from __future__ import annotations
 

@@ -1,9 +1,11 @@
 """jobs/plan.py."""
 
+import csv
 import json
 import re
 import shutil
 from itertools import pairwise
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -120,6 +122,32 @@ def test_bad_clips_are_listed_and_left_out_only_when_asked(settings, tmp_path):
     assert found == BAD.keys()
     rows = planned(settings(references=str(folder), skip_bad=True))
     assert {row.reference_uri for row in rows if "good" in row.reference_uri} == {str(folder / "good.mp4")}
+
+
+def test_what_is_left_out_stands_beside_the_manifest(settings, tmp_path):
+    folder = tmp_path / "mixed"
+    folder.mkdir()
+    clip(folder / "good.mp4", frames=9)
+    (folder / "twin.mp4").write_bytes((folder / "good.mp4").read_bytes())
+    for number in range(22):
+        (folder / f"{number}.mp4").write_bytes(b"no video")
+    lines = refused(settings(references=str(folder)))[1]
+    assert "… and 2 more bad clips" in lines
+    wanted = settings(references=str(folder), skip_bad=True)
+    rows = planned(wanted)
+    assert {row.reference_uri for row in rows} == {str(folder / "good.mp4")}
+    with open(f"{wanted.output}/_left_out.csv", newline="") as file:
+        left = {line["uri"]: line for line in csv.DictReader(file)}
+    assert left[str(folder / "twin.mp4")]["code"] == "duplicate"
+    assert str(folder / "good.mp4") in left[str(folder / "twin.mp4")]["message"]
+    assert len(left) == 23
+    assert left[str(folder / "0.mp4")]["code"] == "not_a_video"
+    assert pq.read_table(wanted.output).num_rows == len(rows)  # the list is not in a reader's way
+    for number in range(22):
+        (folder / f"{number}.mp4").unlink()
+    (folder / "twin.mp4").unlink()
+    planned(wanted)
+    assert not Path(f"{wanted.output}/_left_out.csv").exists()
 
 
 def test_shorter_clips_give_fewer_frames(settings, tmp_path):
