@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from typing import Any
 
-from schemas import AdapterRow, ManifestRow
+import pyarrow.parquet as pq
+
+from pipelines.storage import Storage, absolute, check_scheme, join
+from schemas import AdapterRow, ManifestRow, RowError, UsageError
 from schemas.rows import ADAPTER_DECIDES, adapter_id
-from vmt_core.adapters.settings import TUNING_VERSION
+from vmt_core.adapters.settings import TUNING_VERSION, FollowYourMotion
 from vmt_core.methods import Method, build
 
 
@@ -33,3 +37,33 @@ def wanted(row: ManifestRow) -> AdapterRow:
         tuning=adapter.tuning.model_dump_json(),
         tuning_version=TUNING_VERSION,
     )
+
+
+def check_head_file(storage: Storage, tuning: FollowYourMotion, schemes: Collection[str]) -> None:
+    """Raises a UsageError where a table of head types cannot be what every worker reads."""
+    file = tuning.head_file
+    if not file:
+        return
+    if absolute(file) != file:
+        raise UsageError(f"tuning: head_file {file}: give its whole path, workers have another directory")
+    try:
+        check_scheme(file, schemes)
+    except RowError as error:
+        raise UsageError(f"tuning: head_file {error.message}") from error
+    if not storage.exists(file):
+        raise UsageError(f"tuning: head_file {file} is not there")
+
+
+def index_file(folder: str, adapter_id: str) -> str:
+    """Where the index row of an adapter lies, below a folder of adapters."""
+    return join(folder, "index", f"{adapter_id}.parquet")
+
+
+def failure(storage: Storage, folder: str, adapter_id: str) -> str | None:
+    """Why the tuning of an adapter failed, or None if nobody tried."""
+    uri = index_file(folder, adapter_id)
+    if not storage.exists(uri):
+        return None
+    filesystem, path = storage.arrow(uri)
+    (row,) = pq.read_table(path, filesystem=filesystem, columns=["error_code", "error_message"]).to_pylist()
+    return f"{row['error_code']}: {row['error_message']}" if row["error_code"] else None

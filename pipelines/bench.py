@@ -32,8 +32,8 @@ from vmt_core.methods import METHODS
 from vmt_core.presets import native
 from vmt_core.world import MOTIONS
 
-#: Settings that decide the references.
-_SUITE = ("suite", "clips", "quick", "height", "width", "frames", "fps")
+#: Settings that decide what is compared.
+_SUITE = ("suite", "clips", "quick", "model", "height", "width", "frames", "fps")
 
 
 def run(settings: BenchSettings, say: Callable[[str], None] = print) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from ray.data.datasource import Partitioning
 from pipelines import cluster, lock, models, progress, report, tables
 from pipelines.cluster import RunFailed
 from pipelines.ledger import Ledger
-from pipelines.measure import COLUMNS, Measure, folder_of
+from pipelines.measure import COLUMNS, Measure, folder_of, unmeasured
 from pipelines.storage import Storage, absolute, join
 from pipelines.tracker import start as tracker_of_run
 from pipelines.watch import watched
@@ -281,10 +281,11 @@ def _measure(
                 folders = Partitioning("hive", base_dir=storage.arrow(join(output, "results"))[1])
                 data = (
                     ray.data.read_parquet(paths, filesystem=filesystem, columns=[*COLUMNS], partitioning=folders)
+                    .map_batches(unmeasured, fn_args=(sorted(done[output]),), batch_size=None, batch_format="pyarrow")
                     .repartition(target_num_rows_per_block=a_block)
                     .map_batches(
                         Measure,
-                        fn_constructor_args=(settings, output, frozenset(done[output]), tracker),
+                        fn_constructor_args=(settings, output, tracker),
                         batch_size=a_block,
                         batch_format="pyarrow",
                         **cluster.pool(settings.measure, missing),

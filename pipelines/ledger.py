@@ -68,7 +68,7 @@ class Ledger:
 
     def scan(self, columns: list[str], rows: Collection[str] | None = None) -> Iterator[pa.RecordBatch]:
         """Columns of the result rows (of some ids, or all) in batches."""
-        chosen = None if rows is None else ds.field(ID).isin(list(rows))
+        chosen = None if rows is None else ds.field(ID).isin(pa.array(rows, pa.string()))
         dataset = self._dataset()
         if dataset is not None:
             yield from dataset.to_batches(columns=columns, filter=chosen)

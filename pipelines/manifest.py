@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from pipelines import adapters
 from pipelines.storage import Storage, absolute, join
 from schemas import AdapterRow, ManifestRow, UsageError, first_fault, sample_id
-from vmt_core.methods import VIDEO_VERSION, build
+from vmt_core.methods import VIDEO_VERSION, Method, build
 
 _SHOWN_FAULTS = 10
 _PART = re.compile(r"part-\d{5,}\.parquet")
@@ -65,7 +65,7 @@ def check(
     faults: list[str] = []
     selection = Selection()
     seen: set[str] = set()
-    methods: dict[tuple[str, str], str | None] = {}
+    methods: dict[tuple[str, str], Method | str] = {}
     for name in files(storage, uri):
         if wrong := _columns(storage, name):
             faults += wrong
@@ -161,7 +161,7 @@ def _rows(storage: Storage, name: str) -> Iterator[dict[str, Any]]:
 def _fault(
     values: dict[str, Any],
     seen: set[str],
-    methods: dict[tuple[str, str], str | None],
+    methods: dict[tuple[str, str], Method | str],
     revision: str,
     needed: dict[str, AdapterRow],
 ) -> str | None:
@@ -179,23 +179,29 @@ def _fault(
         return f"was planned for revision {row.model_revision} of {row.model}, but these weights are {revision}; plan again"
     if row.video_version != VIDEO_VERSION:
         return f"was planned for video_version {row.video_version}, this is {VIDEO_VERSION}; plan again"
-    method = (row.method, row.method_settings)
-    if method not in methods:
-        methods[method] = _unfit(*method)
-    if methods[method] is None and row.adapter_id is not None and row.adapter_id not in needed:
+    key = (row.method, row.method_settings)
+    if key not in methods:
+        methods[key] = _built(*key)
+    method = methods[key]
+    if isinstance(method, str):
+        return method
+    if (method.adapter is None) != (row.adapter_id is None):
+        needs = "none" if method.adapter is None else "one"
+        return f"adapter_id {row.adapter_id}, but {row.method} needs {needs}; plan again"
+    if row.adapter_id is not None and row.adapter_id not in needed:
         adapter = adapters.wanted(row)
         if adapter.adapter_id != row.adapter_id:
             return f"adapter_id {row.adapter_id} is not the one that {row.method} needs for this reference; plan again"
         needed[row.adapter_id] = adapter
-    return methods[method]
+    return None
 
 
-def _unfit(name: str, settings: str) -> str | None:
+def _built(name: str, settings: str) -> Method | str:
+    """A method, or what is wrong with its settings."""
     try:
         groups = json.loads(settings)
         if not isinstance(groups, dict):
             return f"method_settings: not a JSON object: {settings:.100}"
-        build(name, groups)
+        return build(name, groups)
     except ValueError as error:
         return f"method_settings: {error}"
-    return None

@@ -8,12 +8,13 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import torch
@@ -39,7 +40,17 @@ _COMMON = (
 )  # fmt: skip
 _MOST_WEIGHTS = 2**30  # bytes of a file of weights
 _SECONDS = ("seconds_encode", "seconds_transfer", "seconds_finish")
-_SAMPLING = ("steps", "shift", "guidance_scale", "negative_prompt", "height", "width", "dtype")
+_SAMPLING = (
+    "steps",
+    "shift",
+    "guidance_scale",
+    "negative_prompt",
+    "height",
+    "width",
+    "dtype",
+    "model_revision",
+    "video_version",
+)
 #: What decides a video beside the method.
 _PAIR = (
     "reference_digest",
@@ -49,7 +60,6 @@ _PAIR = (
     "frames",
     "prompt",
     "seed",
-    "model_revision",
     *_SAMPLING,
 )
 #: Columns of a result row that are needed.
@@ -59,7 +69,9 @@ COLUMNS = tuple(dict.fromkeys((*_COMMON, *_PAIR, *_SECONDS, "error_code", "error
 def suite_of(settings: EvaluateSettings) -> str:
     """What decides the values: versions of the metrics, and the models; JSON."""
     given = {name: getattr(settings, name) for name in MeasuringSettings.model_fields}
-    return json.dumps({"metrics": VERSIONS, "models": given, "rows": 2}, sort_keys=True)  # 2: pair and sampling
+    return json.dumps(
+        {"metrics": VERSIONS, "models": given, "rows": 3}, sort_keys=True
+    )  # 3: pair and sampling name weights and code
 
 
 def folder_of(settings: EvaluateSettings) -> str:
@@ -68,12 +80,17 @@ def folder_of(settings: EvaluateSettings) -> str:
     return join(settings.output, "metrics", f"suite_id={digest}")
 
 
+def unmeasured(table: pa.Table, done: Collection[str]) -> pa.Table:
+    """The result rows that are not measured yet."""
+    return table.filter(pc.invert(pc.is_in(table["sample_id"], pa.array(done, pa.string()))))
+
+
 class Measure:
     """Loads the encoders that were given once; then batches of result rows become metric rows."""
 
-    def __init__(self, settings: EvaluateSettings, run: str, done: frozenset[str], tracker: Any) -> None:
+    def __init__(self, settings: EvaluateSettings, run: str, tracker: Any) -> None:
         torch.set_num_threads(settings.measure.threads or max(1, int(settings.measure.cpus)))
-        self.settings, self.run, self.done = settings, run, done
+        self.settings, self.run = settings, run
         self.storage = Storage(settings.storage)
         self.references: Cache[Reference] = Cache(4)
         self.guard = Guard(tracker, run, ray.get_runtime_context().get_node_id(), settings.limits.row_seconds)
@@ -87,8 +104,7 @@ class Measure:
         )
 
     def __call__(self, table: pa.Table) -> pa.Table:
-        rows = [row for row in table.to_pylist() if row["sample_id"] not in self.done]
-        measured = [self._measure(row) for row in rows]
+        measured = [self._measure(row) for row in table.to_pylist()]
         if measured:
             made = pa.Table.from_pylist([row.model_dump() for row in measured], schema=MetricRow.arrow_schema())
             sink = pa.BufferOutputStream()

@@ -50,8 +50,11 @@ def run(settings: PlanSettings, say: Callable[[str], None] = print) -> dict[str,
     except FileNotFoundError as error:
         raise UsageError(f"--model {error}") from error
     _blocks_exist(methods, config)
+    for method in methods:
+        if method.adapter is not None:
+            adapters.check_head_file(storage, method.adapter.tuning, settings.limits.schemes)
     found = references(storage, settings.references)
-    clips, bad = open_all(storage, settings, found)
+    clips, bad = open_all(storage, settings, found, say)
     for _, error in bad[:_SHOWN_BAD]:
         say(f"bad clip: {error.code}: {error.message}")
     if len(bad) > _SHOWN_BAD:
@@ -289,7 +292,7 @@ def _once(rows: list[ManifestRow], skip: bool) -> tuple[list[ManifestRow], dict[
 def _csv(lines: Iterable[Sequence[str]]) -> bytes:
     text = io.StringIO()
     csv.writer(text).writerows(lines)
-    return text.getvalue().encode()
+    return text.getvalue().encode(errors="backslashreplace")  # names of files may be no Unicode
 
 
 def _estimate(

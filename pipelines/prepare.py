@@ -13,7 +13,7 @@ import pyarrow as pa
 import ray
 
 from pipelines import cluster, models, tracker
-from pipelines.storage import Storage, StorageUnavailable, describe, join
+from pipelines.storage import Storage, StorageUnavailable, check_scheme, describe, join
 from pipelines.watch import watched
 from schemas import AdapterRow, RowError, TuneSettings
 from schemas.errors import ErrorCode
@@ -47,7 +47,9 @@ def prepare_all(
     if not missing:
         return rows
     say(f"{len(missing)} references to prepare")
-    cluster.quiet_data()
+    context = cluster.quiet_data()
+    # ours is first
+    context.execution_no_progress_timeout_s = 10 * (settings.limits.row_seconds + settings.ray.stall_s)
     table = pa.Table.from_pylist([row.model_dump() for row in missing.values()], schema=AdapterRow.arrow_schema())
     run = tracker.start()
     data = (
@@ -122,6 +124,7 @@ class Prepare:
 
     def _read(self, row: AdapterRow, clip: Path) -> Frames:
         limits = self.settings.limits
+        check_scheme(row.reference_uri, limits.schemes)
         try:
             most = limits.max_reference_mib * 2**20
             self.storage.fetch(row.reference_uri, clip, most_bytes=most, digest=row.reference_digest)

@@ -7,7 +7,8 @@ import difflib
 import io
 import json
 import tempfile
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 import pyarrow.dataset as ds
 from pydantic import ValidationError
 
-from pipelines.storage import Storage, StorageUnavailable, join, scheme
+from pipelines.storage import Storage, StorageUnavailable, check_scheme, join, scheme
 from schemas import ErrorCode, PlanSettings, Reference, RowError, TuneSettings, UsageError, first_fault
 from vmt_core import video
 from vmt_core.presets import native
@@ -119,7 +120,7 @@ def _no_misspelling(columns: Sequence[str]) -> None:
 
 
 def open_all(
-    storage: Storage, settings: PlanSettings | TuneSettings, found: list[Reference]
+    storage: Storage, settings: PlanSettings | TuneSettings, found: list[Reference], say: Callable[[str], None]
 ) -> tuple[list[Clip], list[tuple[Reference, RowError]]]:
     """The clips that can be used, in order, and those that cannot, with the reason.
 
@@ -135,16 +136,19 @@ def open_all(
                 raise StorageUnavailable(error.message) from error
             return reference, error
 
+    looked, told = [], time.monotonic()
     with ThreadPoolExecutor(max_workers=8) as pool:
-        looked = list(pool.map(look, found))
+        for clip in pool.map(look, found):
+            looked.append(clip)
+            if time.monotonic() - told > settings.progress_s:
+                told = time.monotonic()
+                say(f"{len(looked)}/{len(found)} clips opened")
     return [clip for clip in looked if isinstance(clip, Clip)], [bad for bad in looked if not isinstance(bad, Clip)]
 
 
 def _open(storage: Storage, settings: PlanSettings | TuneSettings, reference: Reference) -> Clip:
     limits, uri = settings.limits, reference.uri
-    if scheme(uri) not in limits.schemes:
-        allowed = ", ".join(limits.schemes)
-        raise RowError(ErrorCode.SCHEME_FORBIDDEN, f"{uri}: its scheme is not in limits.schemes ({allowed})")
+    check_scheme(uri, limits.schemes)
     with tempfile.TemporaryDirectory(prefix="vmt-") as folder:
         local = Path(folder) / "reference"
         try:

@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from safetensors.torch import load, save
 
-from pipelines import models
+from pipelines import adapters, models
 from pipelines.stage import Cache, LastStage, Outcome, Row, Stage
-from pipelines.storage import join, scheme, sha256
+from pipelines.storage import check_scheme, join, sha256
 from schemas import ErrorCode, RowError, StageSettings, TransferSettings
 from vmt_core import video
 from vmt_core.adapters import files
@@ -82,14 +82,10 @@ class Encode(Stage):
     def _reference(self, backbone: Backbone, row: Row) -> tuple[bytes, str] | RowError:
         """Latents of a row's reference, and where the clip lies as the model sees it. A permanent error is kept as well."""
         limits, uri = self.settings.limits, row["reference_uri"]
-        if scheme(uri) not in limits.schemes:
-            allowed = ", ".join(limits.schemes)
-            return RowError(
-                ErrorCode.SCHEME_FORBIDDEN, f"{uri}: scheme {scheme(uri)!r} is not in limits.schemes ({allowed})"
-            )
         with tempfile.TemporaryDirectory(prefix="vmt-") as folder:
             local = Path(folder) / "reference"
             try:
+                check_scheme(uri, limits.schemes)
                 self.storage.fetch(
                     uri, local, most_bytes=limits.max_reference_mib * 2**20, digest=row["reference_digest"]
                 )
@@ -208,9 +204,11 @@ class Transfer(Stage):
         """The weights of a row's adapter, from the folder that `tune` wrote."""
         folder = join(str(self.settings.adapters), f"method={row['method']}", row["adapter_id"])
         if not self.storage.exists(join(folder, files.DONE)):
+            why = adapters.failure(self.storage, str(self.settings.adapters), row["adapter_id"])
             raise RowError(
                 ErrorCode.ADAPTER_MISSING,
-                f"{folder}: no adapter there; run jobs/tune.py for this reference, or use --tune",
+                f"{folder}: no adapter there; "
+                + (f"its tuning failed: {why}" if why else "run jobs/tune.py for this reference, or use --tune"),
             )
         with tempfile.TemporaryDirectory(prefix="vmt-") as scratch:
             for stage in files.STAGES:

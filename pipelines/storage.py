@@ -18,7 +18,7 @@ import shutil
 import socket
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -46,6 +46,15 @@ def scheme(uri: str) -> str:
     """The scheme of a URI; plain paths are `file`."""
     found = re.match(r"([a-zA-Z][a-zA-Z0-9+.-]*)://", uri)
     return found[1].lower() if found else "file"
+
+
+def check_scheme(uri: str, allowed: Collection[str]) -> None:
+    """Raises a RowError where a URI's scheme is not among `limits.schemes`."""
+    if scheme(uri) not in allowed:
+        raise RowError(
+            ErrorCode.SCHEME_FORBIDDEN,
+            f"{uri}: its scheme {scheme(uri)!r} is not in limits.schemes ({', '.join(allowed)})",
+        )
 
 
 class Storage:

@@ -164,7 +164,10 @@ def _short(runs: Collection[str]) -> dict[str, str]:
 
 
 def _settings(variant: _Variant) -> dict[str, Any]:
-    return _flat(json.loads(variant[3])) | _flat(json.loads(variant[2]))
+    sampling = json.loads(variant[3])
+    if revision := sampling.get("model_revision"):
+        sampling["model_revision"] = revision[:12]  # of 64 letters
+    return _flat(sampling) | _flat(json.loads(variant[2]))
 
 
 def interval(values: _Array, references: _Array, draws: int) -> tuple[float, float]:

@@ -13,13 +13,13 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from safetensors.torch import load_file
 from tensorboardX import SummaryWriter
 
 from pipelines import distributed, models, prepare
 from pipelines.engine import DeepSpeedEngine, in_bf16
-from pipelines.storage import Storage, absolute, describe, join
+from pipelines.storage import Storage, absolute, check_scheme, describe, join
 from schemas import AdapterRow, ErrorCode, RowError, TuneSettings
 from vmt_core import video
 from vmt_core.adapters import files, masked_lora
@@ -81,10 +81,14 @@ def _fit(settings: TuneSettings, storage: Storage, row: AdapterRow, folder: str,
     )
     try:
         fault = trainer.fit().return_value
-    except Exception as error:
+    except WorkerGroupError as error:
         raise RowError(
             ErrorCode.CRASHED, f"its workers died {settings.training.attempts} times: {describe(error)[-1500:]}"
         ) from error
+    except Exception as error:
+        kept = join(settings.output, "run", "training", row.adapter_id)
+        what = f"its training stopped: {describe(error)[-1500:]}; if that repeats, delete its checkpoints, {kept}"
+        raise RowError(ErrorCode.CRASHED, what) from error
     if fault is not None:
         raise RowError(ErrorCode(fault[0]), fault[1])
 
@@ -123,7 +127,9 @@ def _train(settings: TuneSettings, row: AdapterRow, folder: str, gpus: bool) -> 
                 progress = _Progress.load(Path(saved), before)
         model = models.local(settings.model, storage)
         dtype = torch.bfloat16 if in_bf16(settings.training.deepspeed, device) else torch.float32
+        named = tuning.head_file
         if tuning.head_file is not None:
+            check_scheme(tuning.head_file, settings.limits.schemes)
             storage.fetch(tuning.head_file, work / files.HEAD_TYPES, most_bytes=2**20)
             tuning = tuning.model_copy(update={"head_file": str(work / files.HEAD_TYPES)})
         board = SummaryWriter(logdir=str(work / "board")) if rank == 0 else None
@@ -136,7 +142,11 @@ def _train(settings: TuneSettings, row: AdapterRow, folder: str, gpus: bool) -> 
             )  # engines leave hooks behind
             backbone.checkpoint_policy = settings.training.checkpoint or native(settings.model).checkpoint
             if progress.types is None:
-                progress.types = distributed.from_first(method.head_types(backbone, prepared, tuning))
+                try:
+                    types = method.head_types(backbone, prepared, tuning)
+                except ValueError as error:  # of the local copy of a file
+                    raise ValueError(str(error).replace(str(tuning.head_file), str(named))) from error
+                progress.types = distributed.from_first(types)
             task = method.begin(backbone, stage, prepared, progress.types, tuning, progress.done)
             engine = DeepSpeedEngine(
                 task.module, task.schedule, settings.training.deepspeed, workers=workers, device=device

@@ -16,7 +16,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from typing import Any
 
@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import ray
 from pydantic import ValidationError
 
-from pipelines import cluster, lock, models, progress
+from pipelines import adapters, cluster, lock, models, progress
 from pipelines.cluster import RunFailed
 from pipelines.prepare import prepare_all
 from pipelines.references import Clip, open_all, references
@@ -36,7 +36,7 @@ from vmt_core import flops
 from vmt_core.adapters.settings import TUNING_VERSION, FollowYourMotion
 from vmt_core.backbone.geometry import Geometry
 from vmt_core.methods import METHODS
-from vmt_core.presets import native
+from vmt_core.presets import NANO, native
 
 _SHOWN_BAD = 20
 
@@ -63,7 +63,7 @@ def rows(settings: TuneSettings, storage: Storage, say: Callable[[str], None]) -
         revision = models.revision(settings.model, storage)
     except FileNotFoundError as error:
         raise UsageError(f"--model {error}") from error
-    clips, bad = open_all(storage, settings, references(storage, settings.references))
+    clips, bad = open_all(storage, settings, references(storage, settings.references), say)
     for _, error in bad[:_SHOWN_BAD]:
         say(f"bad clip: {error.code}: {error.message}")
     defaults = native(settings.model)
@@ -99,10 +99,7 @@ def method_tuning(settings: TuneSettings, storage: Storage) -> FollowYourMotion:
     except ValueError as error:
         lines = [line.strip() for line in str(error).splitlines()]
         raise UsageError(f"--preset {preset}, tuning: {' '.join(lines[:3])}") from error
-    if tuning.head_file and absolute(tuning.head_file) != tuning.head_file:
-        raise UsageError(f"tuning: head_file {tuning.head_file}: give its whole path, workers have another directory")
-    if tuning.head_file and not storage.exists(tuning.head_file):
-        raise UsageError(f"tuning: head_file {tuning.head_file} is not there")
+    adapters.check_head_file(storage, tuning, settings.limits.schemes)
     return tuning
 
 
@@ -180,10 +177,11 @@ def tune(
 
 def _make(settings: TuneSettings, storage: Storage, chosen: list[AdapterRow], say: Callable[[str], None]) -> None:
     """Prepares and trains on the chosen rows; each ends in the index."""
+    gpus = uses_gpus(settings)  # once: a cluster's GPUs come and go
+    if not gpus and settings.device == "auto" and native(settings.model) is not NANO:
+        say("note: trains on CPUs, as no GPU is seen from here; --device cuda asks the cluster for some")
     worker = StageSettings(
-        actors=settings.training.workers_per_reference,
-        cpus=settings.training.cpus_per_worker,
-        gpus=float(uses_gpus(settings)),
+        actors=settings.training.workers_per_reference, cpus=settings.training.cpus_per_worker, gpus=float(gpus)
     )
     if worker.gpus and not settings.training.prepare.gpus:
         say("note: training.prepare.gpus=0: references are encoded on CPUs, which is slow")
@@ -193,7 +191,7 @@ def _make(settings: TuneSettings, storage: Storage, chosen: list[AdapterRow], sa
         for row in ready:
             if row.status == "failed":
                 _keep(storage, settings.output, row)
-        _train_all(settings, storage, [row for row in ready if row.status == "planned"], say)
+        _train_all(settings, storage, [row for row in ready if row.status == "planned"], say, gpus=gpus)
 
 
 def _captioned(row: AdapterRow) -> AdapterRow:
@@ -283,7 +281,7 @@ def _keep(storage: Storage, output: str, row: AdapterRow) -> None:
     row = row.model_copy(update={"finished_at": datetime.now(UTC).isoformat(timespec="seconds")})
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist([row.model_dump()], schema=AdapterRow.arrow_schema()), sink)
-    storage.write(join(output, "adapters", "index", f"{row.adapter_id}.parquet"), sink.getvalue().to_pybytes())
+    storage.write(adapters.index_file(join(output, "adapters"), row.adapter_id), sink.getvalue().to_pybytes())
 
 
 def _kept(settings: TuneSettings, storage: Storage) -> set[str]:
@@ -298,20 +296,20 @@ def _forget(settings: TuneSettings, storage: Storage, adapter_id: str) -> None:
         storage.delete(uri)
 
 
-def _train_all(settings: TuneSettings, storage: Storage, chosen: list[AdapterRow], say: Callable[[str], None]) -> None:
+def _train_all(
+    settings: TuneSettings, storage: Storage, chosen: list[AdapterRow], say: Callable[[str], None], *, gpus: bool
+) -> None:
     """Trains on every row, as many at once as there is room for; each ends in the index."""
     from pipelines.training import train_adapter  # brings torch
 
-    at_once = min(len(chosen), settings.training.at_once or _room(settings)) or 1
+    at_once = min(len(chosen), settings.training.at_once or _room(settings, gpus=gpus)) or 1
     began, ended, failures = time.monotonic(), 0, 0
     told, stopping = threading.Lock(), threading.Event()
 
     def one(row: AdapterRow) -> None:
         nonlocal ended, failures
         try:
-            finished = row.model_copy(
-                update={"status": "ok", **train_adapter(settings, storage, row, gpus=uses_gpus(settings))}
-            )
+            finished = row.model_copy(update={"status": "ok", **train_adapter(settings, storage, row, gpus=gpus)})
         except RowError as error:
             if stopping.is_set():  # Ray was shut down under it: that says nothing of the reference
                 return
@@ -321,17 +319,27 @@ def _train_all(settings: TuneSettings, storage: Storage, chosen: list[AdapterRow
             _forget(settings, storage, row.adapter_id)
         with told:
             ended, failures = ended + 1, failures + (finished.status == "failed")
-            rate = ended / (time.monotonic() - began)
-            say(
-                f"{ended}/{len(chosen)} references  {60 * rate:.2f}/min  "
-                f"{progress.duration((len(chosen) - ended) / rate)} left  {failures} failed"
-            )
+            tell()
+
+    def tell() -> None:
+        seconds = time.monotonic() - began
+        left = progress.duration((len(chosen) - ended) * seconds / ended) if ended else "?"
+        say(
+            f"{ended}/{len(chosen)} references  {60 * ended / seconds:.2f}/min  {left} left  {failures} failed  "
+            f"{progress.duration(seconds)} so far"
+        )
 
     pool = ThreadPoolExecutor(max_workers=at_once, thread_name_prefix="tune")
     futures = [pool.submit(one, row) for row in chosen]
     try:
-        for future in futures:
-            future.result()
+        waiting = set(futures)
+        while waiting:
+            over, waiting = wait(waiting, timeout=settings.progress_s, return_when=FIRST_COMPLETED)
+            for future in over:
+                future.result()
+            if not over:
+                with told:
+                    tell()
     except BaseException as error:
         stopping.set()
         if isinstance(error, Exception):
@@ -341,10 +349,10 @@ def _train_all(settings: TuneSettings, storage: Storage, chosen: list[AdapterRow
         pool.shutdown(wait=False, cancel_futures=True)  # what still runs ends with Ray
 
 
-def _room(settings: TuneSettings) -> int:
+def _room(settings: TuneSettings, *, gpus: bool) -> int:
     """How many trainings fit into the cluster."""
     each = settings.training.workers_per_reference
     room = cluster.cpus(settings.ray) / (each * settings.training.cpus_per_worker)
-    if uses_gpus(settings):
+    if gpus:
         room = min(room, ray.cluster_resources().get("GPU", 0) / each)
     return max(1, int(room))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import types
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
@@ -109,11 +110,7 @@ class ManifestRow(Row):
 
     @model_validator(mode="after")
     def _text_can_be_stored(self) -> Self:
-        for name in ManifestRow.model_fields:
-            try:
-                str(getattr(self, name)).encode()
-            except UnicodeEncodeError as error:
-                raise ValueError(f"{name}: {getattr(self, name)!r:.60} is no valid Unicode") from error
+        _storable(self, ManifestRow.model_fields)
         return self
 
     @classmethod
@@ -121,6 +118,15 @@ class ManifestRow(Row):
         """A row with its `sample_id` computed from the other values."""
         row = cls(sample_id="0" * 32, **values)
         return row.model_copy(update={"sample_id": sample_id(row.model_dump())})  # of its values, not of 12 for 12.0
+
+
+def _storable(row: Row, names: Iterable[str]) -> None:
+    """Raises ValueError where a text is no valid Unicode, as half an emoji is, which Parquet cannot hold."""
+    for name in names:
+        try:
+            str(getattr(row, name)).encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{name}: {getattr(row, name)!r:.60} is no valid Unicode") from error
 
 
 #: Columns that say where something lies or what it is called, but do not change the video.
@@ -179,6 +185,11 @@ class AdapterRow(Row):
     temporal_loss: float | None = None
     seconds: float | None = Field(default=None, description="of the training, without the start of its workers")
     finished_at: str | None = None
+
+    @model_validator(mode="after")
+    def _text_can_be_stored(self) -> Self:
+        _storable(self, ("reference_uri", "caption", "category", "model"))
+        return self
 
     @classmethod
     def planned(cls, **values: Any) -> Self:

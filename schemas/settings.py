@@ -126,6 +126,7 @@ class PlanSettings(ModelSettings):
     tflops: PositiveFloat = Field(
         default=400, description="sustained TFLOP/s of one GPU, for the estimate of GPU hours"
     )
+    progress_s: PositiveFloat = Field(default=5, description="seconds between progress lines")
     storage: StorageSettings = StorageSettings()
     limits: LimitSettings = LimitSettings()
 

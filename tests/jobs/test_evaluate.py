@@ -52,6 +52,7 @@ def test_every_video_is_measured_once_against_exact_motion(run, tmp_path):
     found = rows(tmp_path / "eval")
     assert len(found) == 4
     assert pq.read_table(tmp_path / "eval" / "metrics").num_rows == 4  # its folders' names are columns, too
+    assert all({"model_revision", "video_version"} <= set(json.loads(row.sampling)) for row in found)
     assert all(row.exact and row.status == "ok" and row.smoothness is not None for row in found)
     assert all(row.text_similarity is None for row in found)
     table = list(csv.DictReader((tmp_path / "eval" / "categories.csv").open()))

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.storage import Storage, sha256
-from schemas import LimitSettings
+from schemas import LimitSettings, sample_id
 from support import jobs
 from support.clips import BAD, clip
 from support.fault_proxy import FaultProxy, Rule
@@ -166,6 +166,8 @@ def test_each_bad_input_is_one_failed_row_with_its_own_code(bad_rows, model, tmp
             lambda table: with_column(table, "prompt", pa.array(["another"] * len(table))),
             "is not the digest of the row",
         ),
+        (lambda table: with_id(table, adapter_id="0" * 32), "but none needs none; plan again"),
+        (lambda table: with_id(table, method="follow_your_motion"), "but follow_your_motion needs one; plan again"),
         (lambda table: table.slice(0, 0), "has no rows"),
     ],
 )
@@ -175,6 +177,12 @@ def test_an_unfit_manifest_is_refused_before_the_run(model, tmp_path, spoil, mes
     pq.write_table(spoil(pq.read_table(file)), file)
     refused(["--manifest", source, "--model", model, "--output", tmp_path / "out"], message)
     assert not (tmp_path / "out" / "results").exists()
+
+
+def with_id(table, **changes):
+    """The rows with other values and the ids that belong to them."""
+    rows = [line | changes for line in table.to_pylist()]
+    return pa.Table.from_pylist([line | {"sample_id": sample_id(line)} for line in rows], schema=table.schema)
 
 
 def with_column(table, name, values):

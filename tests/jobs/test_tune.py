@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from pipelines import tune
 from pipelines.storage import Storage
+from schemas import ErrorCode
 from support import jobs
 from support.clips import clip
 
@@ -211,6 +212,9 @@ def test_missing_and_damaged_adapters_are_failed_rows(tuned, model, captioned, p
                 (target / path.name).write_bytes(path.read_bytes())
             (target / "temporal.safetensors").write_bytes(b"\x00" * 100)
     plan(model, captioned, prompts, tmp_path / "manifest", "--settings", same_tuning(tmp_path))
+    (camera,) = [row for row in rows(output) if row.category == "camera"]
+    failed = {"status": "failed", "error_code": ErrorCode.NON_FINITE, "error_message": "nan at step 3"}
+    tune._keep(Storage(), str(tmp_path), camera.model_copy(update=failed))
     code, text = jobs.run(
         "transfer",
         "--manifest",
@@ -227,6 +231,8 @@ def test_missing_and_damaged_adapters_are_failed_rows(tuned, model, captioned, p
     assert code == 3, text
     found = {row.category: str(row.error_code) for row in jobs.results(tmp_path / "out")}
     assert found == {"single": "adapter_unfit", "camera": "adapter_missing"}
+    (missing,) = [row for row in jobs.results(tmp_path / "out") if row.category == "camera"]
+    assert missing.error_message.endswith("its tuning failed: non_finite: nan at step 3")
     code, text = jobs.here(
         "transfer", "--manifest", tmp_path / "manifest", "--model", model, "--output", tmp_path, "--method", "x"
     )

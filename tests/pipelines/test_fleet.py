@@ -49,8 +49,8 @@ def test_a_whole_adapter_without_its_index_row_is_not_trained_again(settings, mo
     storage.write(f"{folder_of(settings.output, one)}/{files.DONE}", json.dumps(about).encode())
     checkpoint = f"{settings.output}/run/training/{one.adapter_id}/checkpoint_manager_snapshot.json"
     storage.write(checkpoint, b"{}")
-    monkeypatch.setattr(tune, "_room", lambda _: 1)
-    tune._train_all(settings, storage, [one], say=lambda _: None)
+    monkeypatch.setattr(tune, "_room", lambda *_, **__: 1)
+    tune._train_all(settings, storage, [one], say=lambda _: None, gpus=False)
     kept = tune.index(storage, settings.output)[one.adapter_id]
     assert (kept.status, kept.spatial_loss, kept.seconds) == ("ok", 0.5, 3.0)
     assert not storage.exists(checkpoint)

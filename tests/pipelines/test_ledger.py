@@ -127,3 +127,4 @@ def test_scan_gives_the_partition_columns_and_only_the_rows_asked_for(out, ledge
     commit(out, "a", [result(1), result(2, failed=True)])
     (batch,) = [batch for batch in ledger.scan(["sample_id", "status", "method"], ids(result(2))) if batch.num_rows]
     assert batch.to_pylist() == [{"sample_id": result(2).sample_id, "status": "failed", "method": "none"}]
+    assert sum(batch.num_rows for batch in ledger.scan(["sample_id"], set())) == 0

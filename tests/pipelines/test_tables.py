@@ -116,6 +116,14 @@ def test_other_sampling_is_another_line_and_another_pair():
     assert [line.cells["motion"].difference for line in lines] == [None, None, 1, 1]
 
 
+def test_other_weights_are_another_line():
+    rows = [
+        row("none", n, sampling=json.dumps({"model_revision": 40 * kind}), motion=0.0) for n in (1, 2) for kind in "ab"
+    ]
+    labels = {line.label for line in tables.compare(rows, "none")}
+    assert labels == {f'none model_revision="{12 * kind}"' for kind in "ab"}
+
+
 def test_a_run_is_compared_with_its_own_baseline_else_with_anothers():
     rows = [row("none", n, run=run, motion=value) for run, value in (("/a", 0.0), ("/b", 10.0)) for n in range(3)]
     rows += [row("fastvmt", n, run=run, motion=value) for run, value in (("/a", 1.0), ("/b", 11.0)) for n in range(3)]

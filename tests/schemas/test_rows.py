@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from schemas import ErrorCode, ManifestRow, Reference, ResultRow, sample_id
+from schemas import AdapterRow, ErrorCode, ManifestRow, Reference, ResultRow, sample_id
 from schemas.rows import NOT_DECISIVE
 
 TEXT = st.text(max_size=40)
@@ -106,6 +106,18 @@ def test_any_text_has_an_id(prompt):
 def test_text_that_no_file_can_hold_is_refused(name):
     with pytest.raises(ValidationError, match=f"{name}: .* is no valid Unicode"):
         ManifestRow.planned(**plain(**{name: "half a \ud800 pair"}))
+
+
+ADAPTER = {
+    "method": "follow_your_motion", "tuning": "{}", "reference_uri": "a.mp4", "reference_digest": "d", "start_frame": 0, "fps": 12.0,
+    "height": 64, "width": 64, "frames": 9, "caption": "a ball", "model": "m", "model_revision": "r", "tuning_version": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["reference_uri", "caption", "category"])
+def test_an_adapters_text_can_be_stored_too(name):
+    with pytest.raises(ValidationError, match=f"{name}: .* is no valid Unicode"):
+        AdapterRow.planned(**ADAPTER | {name: "half a \ud800 pair"})
 
 
 def through_arrow(row):

@@ -76,8 +76,12 @@ class HeadTypes(BaseModel):
         """
         try:
             types = cls.model_validate(json.loads(path.read_text()))
-        except (ValidationError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not a file of head types: {error}") from error
+        except ValidationError as error:  # without its values: it may be another file, with secrets in it
+            fault = error.errors(include_input=False, include_url=False)[0]
+            place = ".".join(map(str, fault["loc"]))
+            raise ValueError(f"{path}: not a file of head types: {place}: {fault['msg']}") from None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not a file of head types: {error}") from None
         if (types.layers, types.heads) != (layers, heads):
             raise ValueError(
                 f"{path}: of {types.layers} layers x {types.heads} heads, the model has {layers} x {heads}"

@@ -81,6 +81,14 @@ def test_a_file_comes_back_and_another_models_is_refused(tiny, tmp_path):
         HeadTypes.load(tmp_path / "types.json", layers=30, heads=12)
 
 
+def test_what_another_file_holds_is_not_told(tmp_path):
+    (tmp_path / "types.json").write_text('{"rule": {"AccessKeyId": "AKIA"}, "scores": "sk-secret", "spatial": []}')
+    with pytest.raises(ValueError, match="not a file of head types: rule") as caught:
+        HeadTypes.load(tmp_path / "types.json", layers=3, heads=2)
+    assert "AKIA" not in str(caught.value) and "secret" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"rule": "median"}', "\x00\xff"])
 def test_what_is_no_such_file_is_refused(tmp_path, content):
     (tmp_path / "types.json").write_text(content)
