@@ -58,6 +58,7 @@ def train_adapter(settings: TuneSettings, storage: Storage, row: AdapterRow, *, 
         "spatial_loss": about["spatial"]["validation"],
         "temporal_loss": about["temporal"]["validation"],
         "seconds": about["seconds"],
+        "dtype": about.get("dtype"),  # not in those of before
     }
 
 
@@ -121,12 +122,12 @@ def _train(settings: TuneSettings, row: AdapterRow, folder: str, gpus: bool) -> 
         work, before = Path(scratch), Path(scratch) / "before"
         storage.fetch(prepare.place(settings.output, row), work / "prepared.safetensors", most_bytes=2**40)
         prepared = method.Prepared.load(work / "prepared.safetensors")
-        progress = _Progress()
+        dtype = torch.bfloat16 if in_bf16(settings.training.deepspeed, device) else torch.float32
+        progress = _Progress(dtype)
         if checkpoint := ray.train.get_checkpoint():
             with checkpoint.as_directory() as saved:
-                progress = _Progress.load(Path(saved), before)
+                progress = _Progress.load(Path(saved), before, dtype)
         model = models.local(settings.model, storage)
-        dtype = torch.bfloat16 if in_bf16(settings.training.deepspeed, device) else torch.float32
         named = tuning.head_file
         if tuning.head_file is not None:
             check_scheme(tuning.head_file, settings.limits.schemes)
@@ -240,7 +241,8 @@ def _sample(
 class _Progress:
     """What is done of an adapter, beside the stage that is under way."""
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = str(dtype).removeprefix("torch.")
         self.types: HeadTypes | None = None
         self.done: dict[str, Weights] = {}
         self.curves: dict[str, list[Point]] = {}
@@ -253,6 +255,7 @@ class _Progress:
     def save(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         about = {
+            "dtype": self.dtype,
             "types": None if self.types is None else self.types.model_dump(),
             "curves": self.curves,
             "early": self.early,
@@ -263,10 +266,12 @@ class _Progress:
             masked_lora.write_raw(weights, folder / files.name(stage))
 
     @classmethod
-    def load(cls, saved: Path, before: Path) -> _Progress:
-        """Reads what `save` wrote, and copies the state of the stage that was under way."""
-        self = cls()
+    def load(cls, saved: Path, before: Path, dtype: torch.dtype) -> _Progress:
+        """Reads what `save` wrote, and copies the state of the stage that was under way; nothing of a training in another precision."""
+        self = cls(dtype)
         about = json.loads((saved / "progress.json").read_text())
+        if about["dtype"] != self.dtype:
+            return self
         self.types = HeadTypes.model_validate(about["types"]) if about["types"] else None
         self.curves = {stage: [Point(*point) for point in curve] for stage, curve in about["curves"].items()}
         self.early, self.seconds = about["early"], about["seconds"]
@@ -313,7 +318,12 @@ def _publish(
     assert progress.types is not None
     progress.types.save(made / files.HEAD_TYPES)
     picture(progress.types).save(made / files.HEADS)
-    summary: dict[str, Any] = {**about, "tuning": tuning.model_dump(mode="json"), "seconds": round(progress.seconds, 3)}
+    summary: dict[str, Any] = {
+        **about,
+        "tuning": tuning.model_dump(mode="json"),
+        "dtype": progress.dtype,
+        "seconds": round(progress.seconds, 3),
+    }
     for stage, curve in progress.curves.items():
         checked = [point.validation for point in curve if point.validation is not None]
         summary[stage] = {

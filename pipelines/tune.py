@@ -39,6 +39,7 @@ from vmt_core.methods import METHODS
 from vmt_core.presets import NANO, native
 
 _SHOWN_BAD = 20
+_SILENCE_S = 60  # the longest; a training takes minutes to hours
 
 
 def run(settings: TuneSettings, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -122,9 +123,8 @@ def tune(
     _workers_share(wanted, settings.training.workers_per_reference)
     began, held = time.monotonic(), lock.held(storage, join(settings.output, "run", "lock.json"))
     with contextlib.nullcontext() if settings.dry_run else held:
-        done = index(storage, settings.output)  # under the lock: another driver may have been at it
-        if settings.retry_failed:
-            done = {key: row for key, row in done.items() if row.status == "ok"}
+        made = index(storage, settings.output)  # under the lock: another driver may have been at it
+        done = {key: row for key, row in made.items() if row.status == "ok" or not settings.retry_failed}
         missing = [row for row in wanted if row.status == "planned" and row.adapter_id not in done]
         chosen = missing[: settings.limit]
         unfit = [row for row in wanted if row.status == "failed" and row.adapter_id not in done]
@@ -140,11 +140,9 @@ def tune(
             return {"planned": len(chosen), "failed": 0}
         for adapter_id in {row.adapter_id for row in done.values() if row.status == "ok"} & _kept(settings, storage):
             _forget(settings, storage, adapter_id)  # a driver was killed before it could
-        for row in unfit:
-            _keep(storage, settings.output, row)
+        made |= {row.adapter_id: _keep(storage, settings.output, row) for row in unfit}
         if chosen:
-            _make(settings, storage, chosen, say)
-    made = index(storage, settings.output)
+            made |= {row.adapter_id: row for row in _make(settings, storage, chosen, say)}
     ended = [made[row.adapter_id] for row in wanted if row.adapter_id in made]
     failed: dict[str, int] = {}
     for row in ended:
@@ -175,8 +173,10 @@ def tune(
     return summary
 
 
-def _make(settings: TuneSettings, storage: Storage, chosen: list[AdapterRow], say: Callable[[str], None]) -> None:
-    """Prepares and trains on the chosen rows; each ends in the index."""
+def _make(
+    settings: TuneSettings, storage: Storage, chosen: list[AdapterRow], say: Callable[[str], None]
+) -> list[AdapterRow]:
+    """Prepares and trains on the chosen rows; each ends in the index, and is given back as it stands there."""
     gpus = uses_gpus(settings)  # once: a cluster's GPUs come and go
     if not gpus and settings.device == "auto" and native(settings.model) is not NANO:
         say("note: trains on CPUs, as no GPU is seen from here; --device cuda asks the cluster for some")
@@ -188,10 +188,9 @@ def _make(settings: TuneSettings, storage: Storage, chosen: list[AdapterRow], sa
     with cluster.connected(settings.ray, (settings.training.prepare,), (worker,)):
         storage.write(join(settings.output, "run", "settings.json"), settings.model_dump_json(indent=2).encode())
         ready = prepare_all(settings, storage, chosen, say)
-        for row in ready:
-            if row.status == "failed":
-                _keep(storage, settings.output, row)
-        _train_all(settings, storage, [row for row in ready if row.status == "planned"], say, gpus=gpus)
+        unready = [_keep(storage, settings.output, row) for row in ready if row.status == "failed"]
+        fit = [row for row in ready if row.status == "planned"]
+        return unready + _train_all(settings, storage, fit, say, gpus=gpus)
 
 
 def _captioned(row: AdapterRow) -> AdapterRow:
@@ -276,12 +275,13 @@ def _failure(error: RowError) -> dict[str, Any]:
     return {"status": "failed", "error_code": error.code, "error_message": error.message[:2000]}
 
 
-def _keep(storage: Storage, output: str, row: AdapterRow) -> None:
-    """Writes a row into the index."""
+def _keep(storage: Storage, output: str, row: AdapterRow) -> AdapterRow:
+    """Writes a row into the index; returns it as it stands there."""
     row = row.model_copy(update={"finished_at": datetime.now(UTC).isoformat(timespec="seconds")})
     sink = pa.BufferOutputStream()
     pq.write_table(pa.Table.from_pylist([row.model_dump()], schema=AdapterRow.arrow_schema()), sink)
     storage.write(adapters.index_file(join(output, "adapters"), row.adapter_id), sink.getvalue().to_pybytes())
+    return row
 
 
 def _kept(settings: TuneSettings, storage: Storage) -> set[str]:
@@ -298,43 +298,41 @@ def _forget(settings: TuneSettings, storage: Storage, adapter_id: str) -> None:
 
 def _train_all(
     settings: TuneSettings, storage: Storage, chosen: list[AdapterRow], say: Callable[[str], None], *, gpus: bool
-) -> None:
-    """Trains on every row, as many at once as there is room for; each ends in the index."""
+) -> list[AdapterRow]:
+    """Trains on every row, as many at once as there is room for; each ends in the index, and is given back as it stands there."""
     from pipelines.training import train_adapter  # brings torch
 
     at_once = min(len(chosen), settings.training.at_once or _room(settings, gpus=gpus)) or 1
-    began, ended, failures = time.monotonic(), 0, 0
-    told, stopping = threading.Lock(), threading.Event()
+    began, stopping, told = time.monotonic(), threading.Event(), threading.Lock()
+    ended: list[AdapterRow] = []
 
     def one(row: AdapterRow) -> None:
-        nonlocal ended, failures
         try:
             finished = row.model_copy(update={"status": "ok", **train_adapter(settings, storage, row, gpus=gpus)})
         except RowError as error:
             if stopping.is_set():  # Ray was shut down under it: that says nothing of the reference
                 return
             finished = row.model_copy(update=_failure(error))
-        _keep(storage, settings.output, finished)
+        finished = _keep(storage, settings.output, finished)
         if finished.status == "ok":
             _forget(settings, storage, row.adapter_id)
         with told:
-            ended, failures = ended + 1, failures + (finished.status == "failed")
+            ended.append(finished)
             tell()
 
     def tell() -> None:
-        seconds = time.monotonic() - began
-        left = progress.duration((len(chosen) - ended) * seconds / ended) if ended else "?"
+        seconds, failed = time.monotonic() - began, sum(row.status == "failed" for row in ended)
+        left = progress.duration((len(chosen) - len(ended)) * seconds / len(ended)) if ended else "?"
         say(
-            f"{ended}/{len(chosen)} references  {60 * ended / seconds:.2f}/min  {left} left  {failures} failed  "
-            f"{progress.duration(seconds)} so far"
+            f"{len(ended)}/{len(chosen)} references  {60 * len(ended) / seconds:.2f}/min  {left} left  {failed} failed  "
+            f"after {progress.duration(seconds)}"
         )
 
     pool = ThreadPoolExecutor(max_workers=at_once, thread_name_prefix="tune")
-    futures = [pool.submit(one, row) for row in chosen]
+    waiting = {pool.submit(one, row) for row in chosen}
     try:
-        waiting = set(futures)
         while waiting:
-            over, waiting = wait(waiting, timeout=settings.progress_s, return_when=FIRST_COMPLETED)
+            over, waiting = wait(waiting, timeout=max(_SILENCE_S, settings.progress_s), return_when=FIRST_COMPLETED)
             for future in over:
                 future.result()
             if not over:
@@ -347,6 +345,7 @@ def _train_all(
         raise
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # what still runs ends with Ray
+    return ended
 
 
 def _room(settings: TuneSettings, *, gpus: bool) -> int:

@@ -185,6 +185,7 @@ class AdapterRow(Row):
     temporal_loss: float | None = None
     seconds: float | None = Field(default=None, description="of the training, without the start of its workers")
     finished_at: str | None = None
+    dtype: str | None = Field(default=None, description="precision of the base model in the training")
 
     @model_validator(mode="after")
     def _text_can_be_stored(self) -> Self:

@@ -3,12 +3,13 @@
 import json
 
 import pytest
+import torch
 
 from pipelines import adapters, prepare, training, transfer, tune
 from pipelines.ledger import Ledger
 from pipelines.storage import Storage
 from pipelines.training import folder_of
-from schemas import AdapterRow, ErrorCode, TransferSettings, TuneSettings
+from schemas import AdapterRow, ErrorCode, LimitSettings, RowError, TransferSettings, TuneSettings
 from support.jobs import row, write_manifest
 from vmt_core.adapters import files
 from vmt_core.adapters.settings import TUNING_VERSION, FollowYourMotion
@@ -132,3 +133,25 @@ def test_only_adapters_of_rows_that_are_to_be_made_are_tuned(tmp_path, monkeypat
     monkeypatch.setattr(transfer.tune, "tune", lambda settings, storage, wanted, say: asked.extend(wanted))
     transfer._with_adapters(chosen, Storage(), selection, say=lambda _: None)
     assert [int(one.reference_digest, 16) for one in asked] == expected
+
+
+def test_a_checkpoint_of_another_precision_is_not_gone_on_with(tmp_path):
+    begun = training._Progress(torch.float32)
+    begun.finish("spatial", {"blocks.0.attn1.to_q.lora_A.weight": torch.ones(1, 4)}, [], early=False)
+    begun.seconds = 7.0
+    begun.save(tmp_path / "saved")
+    same = training._Progress.load(tmp_path / "saved", tmp_path / "before", torch.float32)
+    assert (list(same.done), same.seconds) == (["spatial"], 7.0)
+    other = training._Progress.load(tmp_path / "saved", tmp_path / "before", torch.bfloat16)
+    assert (other.done, other.seconds, other.dtype) == ({}, 0.0, "bfloat16")
+
+
+def test_a_reference_outside_the_allowed_schemes_is_never_read(settings, tmp_path):
+    (tmp_path / "secret").write_bytes(b"not for all")
+    actor = object.__new__(prepare.Prepare)  # without its model
+    actor.settings = settings.model_copy(update={"limits": LimitSettings(schemes=("s3",))})
+    actor.storage = Storage()
+    with pytest.raises(RowError, match=r"'file' is not in limits.schemes \(s3\)") as caught:
+        actor._read(adapter().model_copy(update={"reference_uri": str(tmp_path / "secret")}), tmp_path / "clip")
+    assert caught.value.code == ErrorCode.SCHEME_FORBIDDEN
+    assert not (tmp_path / "clip").exists()
