@@ -70,8 +70,9 @@ def test_a_reused_process_id_does_not_look_alive(uri):
 def test_a_run_that_slept_and_lost_the_lock_stops_wherever_it_waits(uri):
     began = time.monotonic()
     with pytest.raises(RunFailed, match="took this output over"), lock.held(Storage(), uri, renew_s=FAST):
-        stale(uri)
-        threading.Event().wait(30)
+        while time.monotonic() - began < 30:
+            stale(uri)  # as who took it over renews it: a beat of ours may have crossed the first
+            threading.Event().wait(2)
     assert time.monotonic() - began < 10
     assert Storage().exists(uri)  # it is theirs now
 
