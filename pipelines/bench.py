@@ -50,7 +50,8 @@ def run(settings: BenchSettings, say: Callable[[str], None] = print) -> dict[str
     table, about_suite = join(settings.output, "references.parquet"), join(settings.output, "suite.json")
     wanted = json.dumps({name: getattr(settings, name) for name in _SUITE}, indent=2)
     if storage.exists(about_suite) and (held := storage.read(about_suite).decode()) != wanted:
-        apart = [name for name, value in json.loads(held).items() if value != getattr(settings, name)]
+        before = json.loads(held)
+        apart = [name for name in _SUITE if before.get(name) != getattr(settings, name)]
         raise UsageError(
             f"--output {settings.output}: holds a benchmark with another {', '.join(apart)}; take another folder"
         )

@@ -270,7 +270,7 @@ class _Progress:
         """Reads what `save` wrote, and copies the state of the stage that was under way; nothing of a training in another precision."""
         self = cls(dtype)
         about = json.loads((saved / "progress.json").read_text())
-        if about["dtype"] != self.dtype:
+        if about.get("dtype", self.dtype) != self.dtype:  # not in those of before
             return self
         self.types = HeadTypes.model_validate(about["types"]) if about["types"] else None
         self.curves = {stage: [Point(*point) for point in curve] for stage, curve in about["curves"].items()}

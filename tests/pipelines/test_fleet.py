@@ -155,3 +155,16 @@ def test_a_reference_outside_the_allowed_schemes_is_never_read(settings, tmp_pat
         actor._read(adapter().model_copy(update={"reference_uri": str(tmp_path / "secret")}), tmp_path / "clip")
     assert caught.value.code == ErrorCode.SCHEME_FORBIDDEN
     assert not (tmp_path / "clip").exists()
+
+
+def test_failed_references_are_tried_again_a_few_at_a_time(settings, monkeypatch):
+    storage, rows = Storage(), [adapter(number) for number in range(2)]
+    for one in rows:
+        tune._keep(
+            storage, settings.output, one.model_copy(update=tune._failure(RowError(ErrorCode.CRASHED, "it died")))
+        )
+    done = {"status": "ok", "folder": "f"}
+    monkeypatch.setattr(tune, "_make", lambda _s, _t, chosen, _say: [one.model_copy(update=done) for one in chosen])
+    again = settings.model_copy(update={"retry_failed": True, "limit": 1})
+    summary = tune.tune(again, storage, rows, say=lambda _: None)
+    assert (summary["ok"], summary["failed"], summary["left"]) == (1, 1, 0)
