@@ -7,13 +7,16 @@ Bit-equal to the same tensors of a full forward; gradients are bit-equal under e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from itertools import repeat, tee
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from vmt_core.backbone.geometry import Geometry, Tap
 
@@ -23,12 +26,12 @@ if TYPE_CHECKING:
 CheckpointName = Literal["none", "selective", "full"]
 BatchedFeatures = dict[Tap, Tensor | tuple[Tensor, Tensor]]
 
-_ATTENTION = {
+_ATTENTION = [
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,
     torch.ops.aten._scaled_dot_product_cudnn_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-}
+]
 
 
 def features(
@@ -120,11 +123,26 @@ def checkpointed(block: nn.Module, *args: Any, policy: CheckpointName) -> Tensor
     elif policy == "full":
         out = checkpoint(block, *args, use_reentrant=False)
     else:
-        contexts = partial(create_selective_checkpoint_contexts, _save_attention)
-        out = checkpoint(block, *args, use_reentrant=False, context_fn=contexts)
+        out = checkpoint(block, *args, use_reentrant=False, context_fn=_save_attention)
     assert isinstance(out, Tensor)
     return out
 
 
-def _save_attention(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if operator in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+def _save_attention() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Contexts of a block's forward and of its recomputation, which takes the results of attention from the forward."""
+    pairs = (create_selective_checkpoint_contexts(_ATTENTION) for _ in repeat(None))
+    forward, again = tee(pairs)
+    return _AroundAttention(pair[0] for pair in forward), _AroundAttention(pair[1] for pair in again)
+
+
+class _AroundAttention(TorchFunctionMode):
+    """Enters the next of `contexts` for each call of attention, and none for other operations, since torch's own modes for
+    selective checkpoints cost more than many small operations themselves."""
+
+    def __init__(self, contexts: Iterator[AbstractContextManager[Any]]) -> None:
+        super().__init__()
+        self.contexts = contexts
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with next(self.contexts) if func is scaled_dot_product_attention else nullcontext():
+            return func(*args, **(kwargs or {}))
