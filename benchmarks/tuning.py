@@ -72,7 +72,7 @@ def steps(arguments: argparse.Namespace) -> None:
     frames, height, width = (arguments.frames - 1) // 4 + 1, arguments.height // 8, arguments.width // 8
     whole = torch.randn(16, frames, height, width)
     text = torch.randn(40, config.get("text_dim", 4096))
-    prepared = method.Prepared(whole, whole.transpose(0, 1), whole[:, :2], text, text[:1])
+    prepared = method.Prepared(whole, whole.transpose(0, 1), text, text[:1])
     types = method.head_types(backbone, prepared, FollowYourMotion())
     seconds: dict[str, list[float]] = {}
     peaks: dict[str, str] = {}
@@ -82,6 +82,7 @@ def steps(arguments: argparse.Namespace) -> None:
         seconds[name] = []
         settings = FollowYourMotion(sparse=sparse, temporal={"steps": 10**6, "validate_every": 10**6})
         task = method.begin(backbone, "temporal", prepared, types, settings, {})
+        task.module.to(dtype)  # as DeepSpeed trains in bf16
         run = Tuning(task, TorchEngine(task.module, task.schedule, device))
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -167,7 +168,7 @@ def tuned(
 ) -> transfers.Outcome:
     """One reference, tuned and transferred to its prompts."""
     outcome, began, scene = transfers.Outcome(name), time.perf_counter(), pairs[0].reference
-    prepared = method.prepare(backbone, render(scene), appearance(scene), settings.stride)
+    prepared = method.prepare(backbone, render(scene), appearance(scene))
     weights = tune(backbone, prepared, settings)
     transfer = MotionTransfer(backbone, METHODS["follow_your_motion"](preset="nano"), sampling, weights)
     artifacts, empty = [Artifact(prepared.latents, prepared.empty)] * len(pairs), [prepared.empty] * len(pairs)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from schemas import DeepSpeedSettings
-from vmt_core.tuning import MOMENTS, Batch, Schedule, StepLogs, to
+from vmt_core.tuning import MOMENTS, Batch, StageSchedule, StepLogs, to
 
 
 class DeepSpeedEngine:
@@ -25,7 +25,13 @@ class DeepSpeedEngine:
     """
 
     def __init__(
-        self, module: nn.Module, schedule: Schedule, settings: DeepSpeedSettings, *, workers: int, device: torch.device
+        self,
+        module: nn.Module,
+        schedule: StageSchedule,
+        settings: DeepSpeedSettings,
+        *,
+        workers: int,
+        device: torch.device,
     ) -> None:
         bf16 = in_bf16(settings, device)
         os.environ.setdefault("DS_ACCELERATOR", "cuda" if device.type == "cuda" else "cpu")
@@ -136,7 +142,7 @@ def in_bf16(settings: DeepSpeedSettings, device: torch.device) -> bool:
     return device.type == "cuda" if settings.bf16 is None else settings.bf16
 
 
-def configuration(schedule: Schedule, settings: DeepSpeedSettings, workers: int, bf16: bool) -> dict[str, Any]:
+def configuration(schedule: StageSchedule, settings: DeepSpeedSettings, workers: int, bf16: bool) -> dict[str, Any]:
     """DeepSpeed's own configuration."""
     zero: dict[str, Any] = {"stage": settings.zero}
     if settings.offload:

@@ -32,9 +32,15 @@ _OUTCOME = ("status", "error_code", "error_message")
 def place(output: str, row: AdapterRow) -> str:
     """Where a row's prepared reference lies: the same for all settings of the tuning that do not change it."""
     values = {name: getattr(row, name) for name in _DECIDES}
-    values["stride"] = FollowYourMotion.model_validate_json(row.tuning).stride
+    values["stride"] = _stride(row)
     digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:32]
     return join(output, "prepared", f"{digest}.safetensors")
+
+
+def _stride(row: AdapterRow) -> int | None:
+    """Of the thinned clip, where the tuning has use for one."""
+    tuning = FollowYourMotion.model_validate_json(row.tuning)
+    return tuning.stride if tuning.sparse == "pixel" else None
 
 
 def prepare_all(
@@ -109,8 +115,7 @@ class Prepare:
             with self.guard.row(row.adapter_id), tempfile.TemporaryDirectory(prefix="vmt-") as folder:
                 clip, file = Path(folder) / "reference", Path(folder) / "prepared.safetensors"
                 frames = self._read(row, clip)
-                stride = FollowYourMotion.model_validate_json(row.tuning).stride
-                prepare(self.backbone, frames, row.caption, stride).save(file)
+                prepare(self.backbone, frames, row.caption, _stride(row)).save(file)
                 self.storage.put(file, place(self.settings.output, row))
                 return row
         except RowError as error:

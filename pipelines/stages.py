@@ -8,6 +8,7 @@ Finish    latents -> mp4 -> verified -> one PUT                            a res
 from __future__ import annotations
 
 import json
+import os
 import platform
 import tempfile
 from collections.abc import Hashable
@@ -35,9 +36,13 @@ KEPT_TAGS = ("scene",)
 
 
 def device(settings: TransferSettings, resources: StageSettings) -> torch.device:
-    """Where an actor computes; sets its threads, and on a GPU deterministic kernels where there are any."""
+    """Where an actor computes; sets its threads, and on a GPU deterministic kernels where there are any.
+
+    Attention's backward pass keeps its usual kernel, which is not deterministic: without `warn_only` some would be refused altogether.
+    """
     torch.set_num_threads(resources.threads or max(1, int(resources.cpus)))
     if settings.device == "cuda" or (settings.device == "auto" and resources.gpus > 0):
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS wants to be deterministic
         torch.use_deterministic_algorithms(True, warn_only=True)
         return torch.device("cuda")
     return torch.device("cpu")

@@ -127,7 +127,8 @@ def _explain(cls: type[BaseModel], fault: Any) -> str:
     if fault["type"] == "missing":
         return f"{name}: required (--{name} …, or in the settings file)"
     value = fault.get("input")
-    shown = f" (got {value!r})" if isinstance(value, str | int | float | bool) else ""
+    secret = isinstance(value, str) and "@" in value  # a password, it may be
+    shown = f" (got {value!r})" if isinstance(value, str | int | float | bool) and not secret else ""
     return f"{name}: {fault['msg'].removeprefix('Value error, ')}{shown}"
 
 

@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from schemas.errors import ErrorCode
 
 SAMPLE_ID_PATTERN = r"^[0-9a-f]{32}$"
+#: Of a video, as far as Wan's table of positions goes: 1024 latents of four frames, 1024 tokens of 16 pixels a side.
+MOST_FRAMES, MOST_SIDE = 4093, 16_384
 
 
 class Row(BaseModel):
@@ -35,9 +37,9 @@ class Reference(Row):
     """A clip to take motion from, as a user lists it in a references table. Only `uri` is required."""
 
     uri: str = Field(description="path or URL of the video")
-    start_frame: int = Field(default=0, ge=0, description="first frame that counts, in frames of the file")
+    start_frame: int = Field(default=0, ge=0, lt=2**31, description="first frame that counts, in frames of the file")
     end_frame: int | None = Field(
-        default=None, ge=1, description="one past the last frame that counts; empty: to the end"
+        default=None, ge=1, lt=2**31, description="one past the last frame that counts; empty: to the end"
     )
     fps: float | None = Field(
         default=None, gt=0, allow_inf_nan=False, description="frames per second to sample at; empty: as the file has"
@@ -81,9 +83,9 @@ class ManifestRow(Row):
     fps: float = Field(
         gt=0, allow_inf_nan=False, description="frames per second of the sampled reference and of the result"
     )
-    height: int = Field(ge=16, multiple_of=16)
-    width: int = Field(ge=16, multiple_of=16)
-    frames: int = Field(ge=5, description="4k+1")
+    height: int = Field(ge=16, le=MOST_SIDE, multiple_of=16)
+    width: int = Field(ge=16, le=MOST_SIDE, multiple_of=16)
+    frames: int = Field(ge=5, le=MOST_FRAMES, description="4k+1")
     prompt: str
     negative_prompt: str = ""
     method: str = Field(pattern=r"^[a-z0-9_]{1,64}$")
@@ -166,9 +168,9 @@ class AdapterRow(Row):
     start_frame: int = Field(ge=0)
     end_frame: int | None = None
     fps: float = Field(gt=0, allow_inf_nan=False)
-    height: int = Field(ge=16, multiple_of=16)
-    width: int = Field(ge=16, multiple_of=16)
-    frames: int = Field(ge=0, description="4k+1; 0 where the clip could not be opened")
+    height: int = Field(ge=16, le=MOST_SIDE, multiple_of=16)
+    width: int = Field(ge=16, le=MOST_SIDE, multiple_of=16)
+    frames: int = Field(ge=0, le=MOST_FRAMES, description="4k+1; 0 where the clip could not be opened")
     caption: str
     model: str
     model_revision: str

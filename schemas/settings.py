@@ -17,6 +17,7 @@ from pydantic_settings import (
     YamlConfigSettingsSource,
 )
 
+from schemas.rows import MOST_FRAMES, MOST_SIDE
 from schemas.sections import (
     CommaInts,
     CommaStrings,
@@ -75,10 +76,14 @@ class ModelSettings(JobSettings):
     preset: str | None = Field(
         default=None, description="methods' preset: default, paper, code or nano; empty: the model's own"
     )
-    height: PositiveInt | None = Field(default=None, description="pixels, a multiple of 16; empty: the model's own")
-    width: PositiveInt | None = Field(default=None, description="pixels, a multiple of 16; empty: the model's own")
+    height: PositiveInt | None = Field(
+        default=None, le=MOST_SIDE, description="pixels, a multiple of 16; empty: the model's own"
+    )
+    width: PositiveInt | None = Field(
+        default=None, le=MOST_SIDE, description="pixels, a multiple of 16; empty: the model's own"
+    )
     frames: PositiveInt | None = Field(
-        default=None, description="4k+1, fewer for shorter clips; empty: the model's own"
+        default=None, le=MOST_FRAMES, description="4k+1, fewer for shorter clips; empty: the model's own"
     )
     fps: PositiveFloat | None = Field(
         default=None, allow_inf_nan=False, description="sample references at this rate; empty: as each file has"

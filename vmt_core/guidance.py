@@ -37,7 +37,7 @@ class Guidance(BaseModel):
         default="clean", description="the reference's noise: none, or the step's own sigma"
     )
     rule: Literal["adam"] = Field(default="adam", description="how a gradient becomes an update of the latents")
-    inner: int = Field(default=10, ge=1, description="updates of the latents per guided step")
+    inner: int = Field(default=10, ge=1, le=1000, description="updates of the latents per guided step")
     interval: int = Field(default=3, ge=1, description="every how many updates the gradient is computed anew")
     learning_rate: tuple[Rate, Rate] = Field(default=(0.003, 0.002), description="from, to")
     decay: Literal["inner", "outer"] = Field(

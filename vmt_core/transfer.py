@@ -207,7 +207,8 @@ class MotionTransfer:
     ) -> Denoised:
         """Latents of a batch of rows of one size; each row has its own reference, caption, seed and guidance.
 
-        A row's result does not depend on its neighbours: its noise comes from a CPU generator of its seed alone.
+        A row's noise comes from a CPU generator of its seed alone, so its result does not depend on its neighbours (but for the last bits
+        where a device computes batches of other sizes by other kernels).
 
         Raises:
             ValueError: an artifact is of another model, or its motion was described for another objective.
@@ -273,7 +274,8 @@ class MotionTransfer:
     def _adapted(self) -> Iterator[None]:
         """The adapters at the method's scales; outside the transformer is the stock one, bit for bit."""
         if self.method.adapter is None or self.adapter is None:
-            yield
+            with masked_lora.switched_off(self.backbone.transformer):
+                yield
             return
         if self.backbone.adapter is not self.adapter:
             self._attach(self.adapter)

@@ -23,8 +23,8 @@ Batch = tuple[Any, ...]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
-class Schedule(BaseModel):
-    """How long and how fast."""
+class StageSchedule(BaseModel):
+    """How long and how fast a stage is trained."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -52,7 +52,7 @@ class Task(Protocol):
     """One stage of tuning. `module(*batch)` gives the loss and what to log."""
 
     name: str
-    schedule: Schedule
+    schedule: StageSchedule
     module: nn.Module
 
     def batch(self, draw: int) -> Batch: ...
@@ -79,7 +79,7 @@ class Point(NamedTuple):
 class TorchEngine:
     """AdamW in one process."""
 
-    def __init__(self, module: nn.Module, schedule: Schedule, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, schedule: StageSchedule, device: torch.device) -> None:
         self.module, self.device, self.clip, self.draws = module, device, schedule.clip, schedule.draws
         self.trained = {name: weight for name, weight in module.named_parameters() if weight.requires_grad}
         self.optimizer = torch.optim.AdamW(

@@ -27,7 +27,7 @@ from schemas.errors import ErrorCode, RowError
 from schemas.sections import LimitSettings
 from vmt_core.shapes import Frames
 
-_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif,h264,hevc,ivf,mxf"
+_FORMATS = "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif,mxf"
 SUFFIXES = frozenset(
     {".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".flv", ".ogv", ".wmv", ".gif"}
 )
@@ -36,6 +36,8 @@ SUFFIXES = frozenset(
 _BT601 = 6
 #: How much of its time a frame gives to the one after: nearly half, so that rounded timestamps never decide between two.
 _EARLY = 0.45
+#: libx264 writes other frames with other numbers of threads; by itself it takes as many as the machine has.
+_ENCODER_THREADS = 4
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,10 @@ def probe(path: str | Path, limits: LimitSettings) -> VideoInfo:
             next(container.decode(stream))
         except (StopIteration, av.error.FFmpegError) as error:
             raise RowError(ErrorCode.TRUNCATED, f"{path}: no frame can be decoded ({error or 'no data'})") from error
-        found = _packets(container, stream) if stream.frames or not info.frames else info.frames
+        try:
+            found = _packets(container, stream) if stream.frames or not info.frames else info.frames
+        except av.error.FFmpegError as error:
+            raise RowError(ErrorCode.TRUNCATED, f"{path}: cannot be read from its beginning ({error})") from error
     if not info.frames:  # a live recording does not know its length
         info = replace(info, frames=found)
         _within(path, found, found / info.fps, limits)
@@ -103,8 +108,9 @@ def read(
     Raises:
         RowError: the file is bad, over the limits, or too short.
     """
+    limits = limits or LimitSettings()
     with _open(path) as container:
-        stream, info = _inspect(path, container, limits or LimitSettings())
+        stream, info = _inspect(path, container, limits)
         out = np.empty((frames, height, width, 3), np.uint8)
         wanted = start / info.fps + np.arange(frames) / fps
         stop = end / info.fps if end is not None else float("inf")
@@ -120,6 +126,7 @@ def read(
                         taken += 1
                 if taken == frames or time >= stop - 1e-6:
                     break
+                _small_enough(path, frame.width, frame.height, limits)  # a stream may change its size
                 current, last = frame, time
         except av.error.FFmpegError as error:
             if taken == 0 and current is None:
@@ -162,6 +169,7 @@ def write(
         stream.height, stream.width = frames.shape[-2:]
         stream.pix_fmt = "yuv420p"
         context = stream.codec_context
+        context.thread_count = _ENCODER_THREADS
         context.colorspace, context.color_range = _BT601, ColorRange.MPEG
         context.color_primaries, context.color_trc = ColorPrimaries.BT709, ColorTrc.IEC61966_2_1
         # mbtree makes libx264 write other bytes for the same frames, now and then
@@ -241,14 +249,20 @@ def _inspect(path: str | Path, container: InputContainer, limits: LimitSettings)
     shown = round(seconds * fps)  # fewer than the file has, where an edit list trims it
     count = min(stream.frames, shown) if stream.frames and shown else stream.frames or shown
     info = VideoInfo(width, height, fps, count, stream.codec_context.name)
+    _small_enough(path, width, height, limits)
+    _within(path, count, seconds, limits)
+    stream.thread_type = "AUTO"
+    # much larger frames further on are not even decoded (twice, because codecs round sizes up)
+    stream.codec_context.options = {"max_pixels": str(2 * limits.max_pixels)}
+    return stream, info
+
+
+def _small_enough(path: str | Path, width: int, height: int, limits: LimitSettings) -> None:
     if width * height > limits.max_pixels:
         raise RowError(
             ErrorCode.TOO_MANY_PIXELS,
             f"{path}: {width}x{height} is over limits.max_pixels={limits.max_pixels}; scale it down",
         )
-    _within(path, count, seconds, limits)
-    stream.thread_type = "AUTO"
-    return stream, info
 
 
 def _within(path: str | Path, frames: int, seconds: float, limits: LimitSettings) -> None:
@@ -279,13 +293,16 @@ def _timed(container: InputContainer, stream: VideoStream, start: float) -> Iter
         return
     # the header's start may be another: AVI files with B-frames say 0 and begin later
     origin = (first.pts if first.pts is not None else stream.start_time or 0) * base
-    if start > 2:  # far in: jump to the keyframe before
-        container.seek(int((start + origin - 0.5) / base), stream=stream, backward=True)
+    before = 0.5
+    while start > 2:  # far in: jump to the keyframe before; where a format jumps to the one after, from further ahead
+        container.seek(int((origin + max(0.0, start - before)) / base), stream=stream, backward=True)
         frames = container.decode(stream)
-    else:
-        frames = chain([first], frames)
+        first = next(frames, None)
+        if before >= start or (first is not None and (first.pts or 0) * base - origin <= start + 1e-6):
+            break
+        before *= 4
     fallback = 0.0
-    for frame in frames:
+    for frame in chain([first] if first is not None else [], frames):
         time = frame.pts * base - origin if frame.pts is not None else fallback
         fallback = time + 1 / float(stream.average_rate or 25)
         yield time, frame

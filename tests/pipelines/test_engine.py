@@ -8,7 +8,7 @@ from pipelines import distributed
 from pipelines.engine import DeepSpeedEngine, configuration
 from schemas import DeepSpeedSettings
 from support import workers
-from vmt_core.tuning import Schedule, TorchEngine, Tuning
+from vmt_core.tuning import StageSchedule, TorchEngine, Tuning
 
 
 class Net(nn.Module):
@@ -30,7 +30,7 @@ class Fit:
     name = "fit"
 
     def __init__(self):
-        self.schedule = Schedule(steps=6, learning_rate=0.02, warmup=2, draws=2, validate_every=3)
+        self.schedule = StageSchedule(steps=6, learning_rate=0.02, warmup=2, draws=2, validate_every=3)
         self.module = Net()
 
     def batch(self, draw):
@@ -87,7 +87,7 @@ def test_bf16_has_fp32_masters(plain, tmp_path):
 
 
 def test_settings_become_deepspeeds_own():
-    made = configuration(Schedule(steps=1, draws=4), DeepSpeedSettings(zero=3, offload=True), 2, bf16=True)
+    made = configuration(StageSchedule(steps=1, draws=4), DeepSpeedSettings(zero=3, offload=True), 2, bf16=True)
     assert made["gradient_accumulation_steps"] == 2
     assert made["zero_optimization"]["stage"] == 3
     assert made["zero_optimization"]["offload_optimizer"] == {"device": "cpu"}

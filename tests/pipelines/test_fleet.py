@@ -100,14 +100,14 @@ class FakeData:
 
 
 def test_a_reference_is_prepared_once_for_all_adapters_on_it_and_fails_for_all(settings, monkeypatch):
-    rows = [adapter(0, rank=4), adapter(0, rank=8), adapter(1, rank=4), adapter(0, rank=4, stride=7)]
+    rows = [adapter(0, rank=4), adapter(0, stride=7), adapter(1, rank=4), adapter(0, sparse="pixel", stride=7)]
     seen = []
     monkeypatch.setattr(prepare.ray.data, "from_arrow", lambda table: seen.append(table.num_rows) or FakeData(table))
     monkeypatch.setattr(prepare.tracker, "start", lambda: None)
     monkeypatch.setattr(prepare, "watched", lambda work, *_, **__: work())
     Storage().write(prepare.place(settings.output, rows[2]), b"latents")
     ended = prepare.prepare_all(settings, Storage(), rows, say=lambda _: None)
-    assert seen == [2]  # the first two share one, the last takes other frames
+    assert seen == [2]  # the first two share one, the last needs the thinned clip, too
     assert [one.adapter_id for one in ended] == [one.adapter_id for one in rows]
     assert [one.status for one in ended] == ["failed", "failed", "planned", "failed"]
 

@@ -8,7 +8,7 @@ from pipelines.stage import STATE, Cache, Stage, begin
 from pipelines.stages import reference_key
 from schemas import ManifestRow
 from support.jobs import row
-from vmt_core.faults import out_of_memory
+from vmt_core.faults import device_is_broken, out_of_memory
 
 
 def test_a_value_is_made_once_and_the_least_recently_used_goes_first():
@@ -61,12 +61,23 @@ def test_manifest_rows_become_the_state_that_travels():
         (MemoryError(), True),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), True),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
         (RuntimeError("shapes do not match"), False),
         (OSError("out of memory card"), False),
     ],
 )
 def test_out_of_memory_is_told_from_other_errors(error, expected):
     assert out_of_memory(error) is expected
+    assert not device_is_broken(error)
+
+
+@pytest.mark.parametrize(
+    "message", ["CUDA error: an illegal memory access was encountered", "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"]
+)
+def test_a_broken_device_is_told_from_a_broken_row(message):
+    assert device_is_broken(RuntimeError(message))
+    assert not out_of_memory(RuntimeError(message))
 
 
 class Raises(Stage):

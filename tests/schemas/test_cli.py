@@ -124,6 +124,13 @@ def test_a_wrong_environment_is_one_line_that_names_the_field(capsys, monkeypatc
     assert line in lines[0]
 
 
+def test_a_refused_password_is_not_shown(capsys):
+    shown = refused(capsys, [*NEEDED, "--storage.endpoint-url", "http://user:hush@s3.example.org"])
+    (line,) = shown
+    assert line.startswith("error: storage.endpoint_url: holds a user or a password")
+    assert "hush" not in line
+
+
 def test_each_fault_has_its_line(capsys):
     assert refused(capsys, ["--limit", "x", "--model", "m"]) == [
         "error: manifest: required (--manifest …, or in the settings file)",

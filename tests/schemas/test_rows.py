@@ -172,6 +172,8 @@ def test_unknown_columns_are_named(cls):
     ("changes", "message"),
     [
         ({"frames": 8}, "frames=8 is not 4k[+]1; use 5 or 9"),
+        ({"frames": 4097}, "frames"),
+        ({"width": 16_400}, "width"),
         ({"height": 50}, "multiple of 16"),
         ({"fps": 0.0}, "fps"),
         ({"seed": -1}, "seed"),

@@ -64,6 +64,17 @@ def _audio(path):
         container.mux(stream.encode(None))
 
 
+def _bare(path):
+    """H.264 without a container: it cannot be sought in."""
+    encoded(path.with_suffix(".ts"), "libx264", "yuv420p")
+    with av.open(str(path.with_suffix(".ts"))) as source, av.open(str(path), "w", format="h264") as container:
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = stream
+                container.mux(packet)
+
+
 def _unknown_codec(path):
     clip(path)
     path.write_bytes(path.read_bytes().replace(b"avc1", b"zzz9"))
@@ -87,6 +98,7 @@ BAD = {
 MORE_BAD = {
     "cut before the index": ("truncated", _cut_before_the_index),
     "noise": ("not_a_video", lambda path: path.write_bytes(np.random.default_rng(0).bytes(100_000))),
+    "no container": ("not_a_video", _bare),
     "one byte": ("not_a_video", lambda path: path.write_bytes(b"x")),
 }
 
@@ -160,4 +172,20 @@ def trimmed(path, seconds):
     start = content.index(b"elst") + 12
     content[start : start + 4] = struct.pack(">I", round(1000 * seconds))
     path.write_bytes(content)
+    return path
+
+
+def growing(path, size):
+    """A .ts of 20 frames of 32x32 that goes on with 20 of another size."""
+    parts = [encoded(path.with_name(f"{side}.ts"), "libx264", "yuv420p", size=(side, side)) for side in (32, size)]
+    with av.open(str(path), "w") as container:
+        for number, part in enumerate(parts):
+            with av.open(str(part)) as source:
+                stream = stream if number else container.add_stream_from_template(source.streams.video[0])  # noqa: F821
+                for packet in source.demux(video=0):
+                    if packet.dts is not None:
+                        packet.stream = stream
+                        for name in ("pts", "dts"):
+                            setattr(packet, name, getattr(packet, name) + number * 2 * 90_000)
+                        container.mux(packet)
     return path

@@ -139,6 +139,13 @@ def test_a_folder_without_a_model_index(tmp_path):
         Backbone.load(str(tmp_path))
 
 
+@pytest.mark.parametrize("content", ["{", '"x"', "[1]"])
+def test_a_damaged_model_index_is_named(copy, content):
+    (copy / "model_index.json").write_text(content)
+    with pytest.raises(ValueError, match=f"{copy.name}: cannot be loaded"):
+        Backbone.load(str(copy), parts=("transformer",))
+
+
 @pytest.mark.parametrize("change", [{"image_dim": 32}, {"in_channels": 36}])
 def test_image_to_video_models_are_refused(copy, change):
     file = copy / "transformer" / "config.json"

@@ -344,6 +344,25 @@ def test_an_adapter_that_was_attached_and_not_used_changes_nothing(wan, adapter)
     assert torch.equal(plain.denoise(*arguments).latents, before)
 
 
+def test_a_training_under_way_changes_no_plain_video_and_goes_on(wan):
+    artifact = Artifact(torch.zeros(16, 3, 6, 8), wan.caption(""))
+    arguments = [artifact], [wan.caption("a red ball")], [wan.caption("")], [5]
+    guided = MotionTransfer(wan, method("fastvmt", preset="nano"), SAMPLING)
+    before = guided.denoise([guided.prepare(clip())], *arguments[1:]).latents
+    heads = torch.ones(3, 2, dtype=torch.bool)
+    masked_lora.add(wan.transformer, "spatial", heads, rank=2, alpha=2)
+    masked_lora.isolate_norms(wan.transformer)
+    for weight in masked_lora.parameters(wan.transformer, "spatial"):
+        torch.nn.init.normal_(weight)
+    trained = masked_lora.add(wan.transformer, "temporal", heads, rank=2, alpha=2)
+    masked_lora.train_only(wan.transformer, "temporal", beside=["spatial"])
+    inputs = torch.ones(1, 16, 3, 6, 8), torch.tensor([500.0]), wan.pad(arguments[1])
+    tuned = wan.velocity(*inputs)
+    assert torch.equal(guided.denoise([guided.prepare(clip())], *arguments[1:]).latents, before)
+    assert torch.equal(wan.velocity(*inputs), tuned)
+    assert {weight for weight in wan.transformer.parameters() if weight.requires_grad} == set(trained)
+
+
 def hooks(module):
     return sum(len(part._forward_hooks) + len(part._forward_pre_hooks) for part in module.modules())
 

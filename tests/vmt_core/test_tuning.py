@@ -7,7 +7,7 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from vmt_core.tuning import Schedule, TorchEngine, Tuning
+from vmt_core.tuning import StageSchedule, TorchEngine, Tuning
 
 
 class Line:
@@ -16,7 +16,9 @@ class Line:
     name = "line"
 
     def __init__(self, values=None, **schedule):
-        self.schedule = Schedule(**{"steps": 12, "learning_rate": 0.1, "warmup": 3, "validate_every": 4, **schedule})
+        self.schedule = StageSchedule(
+            **{"steps": 12, "learning_rate": 0.1, "warmup": 3, "validate_every": 4, **schedule}
+        )
         self.module = Squared()
         self.values = values
         self.drawn = []
@@ -116,7 +118,7 @@ def test_what_is_logged_beside_the_loss_is_the_mean_over_the_draws_too():
 @pytest.mark.parametrize("wrong", [{"betas": (0.9, 1.0)}, {"learning_rate": float("inf")}])
 def test_a_schedule_that_can_only_fail_is_refused(wrong):
     with pytest.raises(ValidationError):
-        Schedule(steps=1, **wrong)
+        StageSchedule(steps=1, **wrong)
 
 
 def test_draws_that_cannot_be_shared_are_refused():

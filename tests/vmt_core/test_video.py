@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import os
 from fractions import Fraction
 
 import av
@@ -12,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from schemas import LimitSettings, RowError
-from support.clips import BAD, MORE_BAD, clip, counting, encoded, numbers, trimmed, turned, variable_rate
+from support.clips import BAD, MORE_BAD, clip, counting, encoded, growing, numbers, trimmed, turned, variable_rate
 from vmt_core import video
 from vmt_core.world import render, sample
 
@@ -91,9 +92,11 @@ def test_a_rate_picks_the_frame_that_is_shown_at_that_time(tmp_path, rate, fps, 
     assert numbers(read(path, fps=fps / 10 * rate)) == expected
 
 
-@pytest.mark.parametrize("name", ["v.mp4", "v.ts"])
-def test_a_range_far_into_a_long_clip(tmp_path, name):
-    path = encoded(tmp_path / name, "libx264", "yuv420p", times=range(60), options={"crf": "0", "g": "8"})
+@pytest.mark.parametrize("between", [8, 25, 100])
+@pytest.mark.parametrize("name", ["v.mp4", "v.ts", "v.mkv"])
+def test_a_range_far_into_a_long_clip(tmp_path, name, between):
+    options = {"crf": "0", "g": str(between), "sc_threshold": "0"}
+    path = encoded(tmp_path / name, "libx264", "yuv420p", times=range(60), options=options)
     for start in range(20, 50):  # wherever the keyframe before it lies
         assert numbers(read(path, start=start, frames=5)) == [n % 25 for n in range(start, start + 5)]
 
@@ -319,6 +322,15 @@ def test_limits_are_checked_before_anything_is_decoded(tmp_path, monkeypatch, lo
     assert name in message
 
 
+def test_the_limit_of_pixels_holds_all_along_the_file(tmp_path):
+    path = growing(tmp_path / "v.ts", 48)
+    assert read(path, frames=33).shape == (33, 3, 32, 32)
+    for least, code in ((48 * 48 - 1, "too_many_pixels"), (32 * 32, "truncated")):  # not even decoded
+        limits = LimitSettings(max_pixels=least)
+        assert video.probe(path, limits).width == 32
+        assert failure(read, path, frames=33, limits=limits)[0] == code
+
+
 def test_no_file_is_missing(tmp_path):
     for path in (tmp_path / "nowhere.mp4", tmp_path):
         assert failure(read, path)[0] == failure(video.probe, path, LIMITS)[0] == "reference_missing"
@@ -348,3 +360,18 @@ def test_the_same_frames_are_the_same_bytes_every_time(tmp_path):
         video.write(tmp_path / "clip.mp4", frames, 12, preset="veryfast")
         digests.add(hashlib.sha256((tmp_path / "clip.mp4").read_bytes()).hexdigest())
     assert len(digests) == 1
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="needs two CPUs")
+def test_the_same_frames_are_the_same_bytes_on_machines_of_any_size(tmp_path):
+    frames = render(sample(11, category="multiple", frames=9, height=256, width=256))
+    everywhere = os.sched_getaffinity(0)
+    written = []
+    try:
+        for number in (1, 2):
+            os.sched_setaffinity(0, sorted(everywhere)[:number])
+            video.write(tmp_path / "clip.mp4", frames, 12)
+            written.append((tmp_path / "clip.mp4").read_bytes())
+    finally:
+        os.sched_setaffinity(0, everywhere)
+    assert written[0] == written[1]

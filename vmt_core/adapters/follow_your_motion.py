@@ -32,7 +32,7 @@ from vmt_core.backbone.sampler import shifted
 from vmt_core.backbone.taps import checkpointed
 from vmt_core.backbone.wan import Backbone
 from vmt_core.shapes import Frames, Latents, Text
-from vmt_core.tuning import Batch, Schedule, StepLogs
+from vmt_core.tuning import Batch, StageSchedule, StepLogs
 
 if TYPE_CHECKING:
     from diffusers import WanTransformer3DModel
@@ -55,13 +55,13 @@ class Prepared:
 
     latents: Latents  # (C, F, h, w) of the whole clip
     frames: Float[Tensor, "frames channels height width"]  # each frame encoded alone
-    sparse: Latents  # (C, F', h, w) of the clip of every stride-th frame
     text: Text
     empty: Text
+    thinned: Latents | None = None  # (C, F', h, w) of the clip of every stride-th frame, for sparse=pixel
 
     def save(self, path: Path) -> None:
         """Writes a safetensors file."""
-        save_file({name: value.contiguous() for name, value in vars(self).items()}, path)
+        save_file({name: value.contiguous() for name, value in vars(self).items() if value is not None}, path)
 
     @classmethod
     def load(cls, path: Path) -> Prepared:
@@ -69,12 +69,12 @@ class Prepared:
         return cls(**load_file(path))
 
 
-def prepare(backbone: Backbone, clip: Frames, caption: str, stride: int) -> Prepared:
+def prepare(backbone: Backbone, clip: Frames, caption: str, stride: int | None = None) -> Prepared:
     """Encodes a reference.
 
     Args:
         clip: (T, 3, H, W) uint8, T = 4k+1.
-        stride: of the clip for sparse sampling in pixel space; its length is brought to 4k+1.
+        stride: for sparse sampling in pixel space: every so many frames make a clip of their own, whose length is brought to 4k+1.
 
     Raises:
         ValueError: fewer than 5 frames, or no caption.
@@ -83,15 +83,24 @@ def prepare(backbone: Backbone, clip: Frames, caption: str, stride: int) -> Prep
         raise ValueError(f"{len(clip)} frames; tuning needs at least 5, so that anything moves")
     if not caption.strip():
         raise ValueError("the caption is empty; tuning needs a description of the clip")
-    thinned = clip[::stride]
-    thinned = thinned[: max(1, (len(thinned) - 1) // 4 * 4 + 1)]
+    thinned = clip[::stride] if stride else clip[:1]
+    thinned = thinned[: (len(thinned) - 1) // 4 * 4 + 1]
     return Prepared(
         latents=backbone.encode(clip),
-        frames=torch.stack([backbone.encode(frame[None])[:, 0] for frame in clip]),
-        sparse=backbone.encode(thinned.contiguous()),
+        frames=backbone.encode_images(clip),
         text=backbone.caption(caption),
         empty=backbone.caption(""),
+        thinned=backbone.encode(thinned) if stride else None,
     )
+
+
+def _seen(prepared: Prepared, settings: FollowYourMotion) -> Latents:
+    """Latents that the temporal stage draws from."""
+    if settings.sparse != "pixel":
+        return prepared.latents
+    if prepared.thinned is None:
+        raise ValueError("sparse pixel needs a reference that was prepared with a stride")
+    return prepared.thinned
 
 
 def head_types(backbone: Backbone, prepared: Prepared, settings: FollowYourMotion) -> HeadTypes:
@@ -116,14 +125,12 @@ def _check(prepared: Prepared, types: HeadTypes, settings: FollowYourMotion) -> 
     for stage in TASKS if settings.decouple else ():
         if not bool(types.group(stage).any()):
             raise ValueError(f"rule {settings.head_rule} finds no {stage} head; use rule median, or another clip")
-    seen = prepared.sparse.shape[1]
+    seen = len(settings.indices(_seen(prepared, settings).shape[1]))
     if settings.sparse == "pixel" and seen < 2:
         raise ValueError(
             f"every {settings.stride}-th of the clip's {len(prepared.frames)} frames are too few to move; "
             f"sparse pixel needs {4 * settings.stride + 1} frames: take a smaller stride, or sparse latent"
         )
-    if settings.sparse != "pixel":
-        seen = len(settings.indices(prepared.latents.shape[1]))
     if settings.motion_loss == "vmc" and seen < 3:
         raise ValueError(
             f"motion_loss vmc compares how differences change from frame to frame, of {seen} latents there is one difference, which "
@@ -159,7 +166,11 @@ def begin(
 
 
 class VelocityLoss(nn.Module):
-    """Weighted flow-matching loss, with the motion loss where there is more than one frame."""
+    """Weighted flow-matching loss, with the motion loss where there is more than one frame.
+
+    An engine that trains in bf16 casts all weights of the transformer, those that inference keeps in fp32 among them (time embedding,
+    scales and shifts): its velocities are off by about as much as bf16's are anyway.
+    """
 
     def __init__(self, transformer: WanTransformer3DModel, settings: FollowYourMotion) -> None:
         super().__init__()
@@ -209,7 +220,7 @@ class _Stage:
         self, transformer: WanTransformer3DModel, prepared: Prepared, settings: FollowYourMotion, text: Tensor
     ) -> None:
         self.settings, self.prepared, self.text = settings, prepared, text
-        self.schedule: Schedule = getattr(settings, self.name)
+        self.schedule: StageSchedule = getattr(settings, self.name)
         self.module = VelocityLoss(transformer, settings)
 
 
@@ -238,10 +249,10 @@ class TemporalTask(_Stage):
 
     def batch(self, draw: int) -> Batch:
         generator = torch.Generator().manual_seed(2 * draw + 1)
-        settings, whole = self.settings, self.prepared.latents
-        indices = settings.indices(whole.shape[1], generator)
-        positions = settings.temporal_positions(indices, whole.shape[1], self.prepared.sparse.shape[1])
-        seen = self.prepared.sparse if settings.sparse == "pixel" else whole[:, indices]
+        settings, source = self.settings, _seen(self.prepared, self.settings)
+        indices = settings.indices(source.shape[1], generator)
+        positions = settings.temporal_positions(indices, self.prepared.latents.shape[1])
+        seen = source[:, indices]
         latents = seen.expand(settings.clips_a_draw, *seen.shape)
         noised = _noised(latents, self.text, settings.shift, generator)
         return (*noised, positions, int(torch.randint(seen.shape[1], (), generator=generator)))

@@ -10,6 +10,8 @@ common denominator of its layer a little (the published code does the same); `is
 from __future__ import annotations
 
 import json
+import math
+import re
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,7 +33,8 @@ if TYPE_CHECKING:
 _COMFY = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "o"}
 _METADATA_KEY = "lora_adapter_metadata"  # where diffusers looks for rank and alpha
 
-_ISOLATED: WeakKeyDictionary[nn.Module, Callable[[], None]] = WeakKeyDictionary()  # how to undo it
+_PLACE = re.compile(r"blocks\.\d+\.attn1\.(to_q|to_k|to_v|to_out\.0)")
+_ISOLATED: WeakKeyDictionary[nn.Module, list[Callable[[], None]]] = WeakKeyDictionary()  # how to undo it
 _SEVERAL = "Already found a `peft_config`"  # peft warns of a second adapter, which is meant
 
 Weights = dict[str, Tensor]  # "blocks.0.attn1.to_q.lora_A.weight" -> (rank, in), "….lora_B.weight" -> (out, rank)
@@ -72,7 +75,7 @@ def add(
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=_SEVERAL)
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed would seed every GPU, too
         transformer.add_adapter(config, name)
     for layer in layers:
         attention: Any = transformer.blocks[layer].attn1
@@ -104,6 +107,27 @@ def use(transformer: WanTransformer3DModel, scales: dict[str, float]) -> None:
     transformer.enable_adapters()
     transformer.set_adapters(list(active), list(active.values()))
     transformer.requires_grad_(False)  # set_adapters turns gradients on
+
+
+@contextmanager
+def switched_off(transformer: WanTransformer3DModel) -> Iterator[None]:
+    """Within it no adapter is active or trainable; what was so before, a training under way above all, is so again afterwards."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = (layer for layer in transformer.modules() if isinstance(layer, BaseTunerLayer))
+    active = [layer for layer in layers if not layer.disable_adapters]
+    trained = [weight for weight in transformer.parameters() if weight.requires_grad]
+    for layer in active:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in active:
+            layer.enable_adapters(True)  # turns gradients on
+        if active:
+            transformer.requires_grad_(False)
+            for weight in trained:
+                weight.requires_grad_(True)
 
 
 def train_only(transformer: WanTransformer3DModel, name: str, beside: Sequence[str] = ()) -> list[nn.Parameter]:
@@ -148,7 +172,7 @@ def read(path: Path) -> tuple[Weights, dict[str, str]]:
     """Weights and metadata of a LoRA file in diffusers' format, alpha folded in: their scale is 1.
 
     Raises:
-        ValueError: not such a file, or values that are not finite.
+        ValueError: not such a file, half of one, or values that are not finite.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -159,21 +183,54 @@ def read(path: Path) -> tuple[Weights, dict[str, str]]:
             }
     except Exception as error:  # safetensors raises its own
         raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
-    ranks = {value.shape[0] for key, value in weights.items() if key.endswith("lora_A.weight")}
-    if not ranks or not all(".lora_" in key for key in weights):
-        raise ValueError(f"{path}: holds no LoRA in diffusers' format")
-    broken = [key for key, value in weights.items() if not bool(value.isfinite().all())]
-    if broken:
-        raise ValueError(f"{path}: {broken[0]} is not finite")
-    about = json.loads(metadata.get(_METADATA_KEY, "{}"))
-    rank = max(ranks)
-    scale = about.get("transformer.lora_alpha", rank) / about.get("transformer.r", rank)
-    return {key: value * scale if "lora_B" in key else value for key, value in weights.items()}, metadata
+    try:
+        scale = _scale(metadata, _rank(weights))
+        weights = {key: value * scale if "lora_B" in key else value for key, value in weights.items()}
+        for key, value in weights.items():
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"{key} is not finite")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return weights, metadata
+
+
+def _rank(weights: Weights) -> int:
+    """The rank of all pairs of A and B.
+
+    Raises:
+        ValueError: they are no such pairs on projections of the self-attention.
+    """
+    places = {key.rpartition(".lora_")[0] for key in weights}
+    if not places or not all(_PLACE.fullmatch(place) for place in places):
+        raise ValueError("holds no LoRA of the self-attention in diffusers' format")
+    ranks = set()
+    for place in places:
+        into, out = (weights.get(f"{place}.lora_{side}.weight") for side in "AB")
+        if into is None or out is None:
+            raise ValueError(f"{place} has no pair of lora_A and lora_B")
+        if not (into.ndim == out.ndim == 2 and into.is_floating_point() and out.is_floating_point()):
+            raise ValueError(f"{place}: lora_A and lora_B are no matrices of real numbers")
+        ranks |= {into.shape[0], out.shape[1]}
+    if len(ranks) > 1 or len(weights) > 2 * len(places):
+        raise ValueError(f"its weights do not fit together (ranks {', '.join(map(str, sorted(ranks)))})")
+    return int(ranks.pop())
+
+
+def _scale(metadata: dict[str, str], rank: int) -> float:
+    """alpha / rank, as the file's metadata say."""
+    try:
+        about = json.loads(metadata.get(_METADATA_KEY, "{}"))
+        scale = float(about.get("transformer.lora_alpha", rank)) / float(about.get("transformer.r", rank))
+    except (AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"its {_METADATA_KEY} gives no rank and alpha ({error})") from error
+    if not math.isfinite(scale):
+        raise ValueError(f"its {_METADATA_KEY} gives no finite alpha")
+    return scale
 
 
 def clear(transformer: WanTransformer3DModel) -> None:
     """Removes every adapter, and what `isolate_norms` left."""
-    if release := _ISOLATED.pop(transformer, None):
+    for release in list(_ISOLATED.get(transformer, ())):
         release()
     for name in list(getattr(transformer, "peft_config", {})):
         transformer.delete_adapters(name)
@@ -252,7 +309,11 @@ def isolate_norms(transformer: WanTransformer3DModel) -> Callable[[], None]:
             layer = attention.get_submodule(target)
             if hasattr(layer, "base_layer"):
                 kept: list[Tensor] = []
-                handles.append(layer.base_layer.register_forward_hook(lambda _m, _i, out, kept=kept: _keep(kept, out)))
+                handles.append(
+                    layer.base_layer.register_forward_hook(
+                        lambda _m, _i, out, kept=kept, layer=layer: None if layer.disable_adapters else _keep(kept, out)
+                    )
+                )
                 handles.append(
                     norm.register_forward_hook(lambda m, inputs, _o, kept=kept: _isolated(m, inputs[0], kept))
                 )
@@ -260,8 +321,11 @@ def isolate_norms(transformer: WanTransformer3DModel) -> Callable[[], None]:
     def release() -> None:
         for handle in handles:
             handle.remove()
+        if release in releases:
+            releases.remove(release)
 
-    _ISOLATED[transformer] = release
+    releases = _ISOLATED.setdefault(transformer, [])
+    releases.append(release)
     return release
 
 
@@ -270,7 +334,7 @@ def _keep(kept: list[Tensor], output: Tensor) -> None:
 
 
 def _isolated(norm: Any, adapted: Tensor, kept: list[Tensor]) -> Tensor | None:
-    if not kept:  # the adapter was deleted
+    if not kept:  # the adapter was deleted, or is off
         return None
     variance = kept.pop().float().square().mean(-1, keepdim=True)
     normed = adapted * torch.rsqrt(variance + norm.eps)

@@ -8,13 +8,13 @@ from typing import Any, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from vmt_core.tuning import Schedule
+from vmt_core.tuning import StageSchedule
 
 Rule = Literal["median", "paper", "code"]
 Target = Literal["to_q", "to_k", "to_v", "to_out.0"]
 TARGETS: tuple[Target, ...] = ("to_q", "to_k", "to_v", "to_out.0")
 #: Bumped whenever a change of this package alters the adapters: part of every adapter's identity.
-TUNING_VERSION = 3
+TUNING_VERSION = 4
 PRESETS = ("default", "paper", "code", "nano")
 VALIDATION_SIGMAS = (0.9, 0.7, 0.5, 0.3)
 VALIDATION_FRAMES = 5  # of the spatial stage
@@ -32,12 +32,12 @@ class FollowYourMotion(BaseModel):
         default=None, description="a head_types.json of this model: whole path or URI; another table needs another name"
     )
     decouple: bool = Field(default=True, description="false: both adapters are on all heads (ablation)")
-    rank: int = Field(default=32, ge=1)
+    rank: int = Field(default=32, ge=1, le=1024)
     alpha: float = Field(default=32, gt=0, description="scale of an adapter is alpha / rank")
     targets: tuple[Target, ...] = Field(default=TARGETS, min_length=1, description="projections of the self-attention")
     isolate_qk_norm: bool = Field(default=False, description="strict: RMS of q and k from the base projections")
-    spatial: Schedule = Schedule(steps=1000)
-    temporal: Schedule = Schedule(steps=1500, validate_every=250)  # four forwards of the whole clip each time
+    spatial: StageSchedule = StageSchedule(steps=1000)
+    temporal: StageSchedule = StageSchedule(steps=1500, validate_every=250)  # four forwards of the whole clip each time
     frames_a_draw: int = Field(default=4, ge=1, description="random frames that are trained on together, spatial stage")
     clips_a_draw: int = Field(default=1, ge=1, description="noise draws that are trained on together, temporal stage")
     sparse: Literal["latent", "pixel", "off"] = Field(
@@ -88,26 +88,26 @@ class FollowYourMotion(BaseModel):
         """Latent frames of a temporal draw, out of `frames`: the even grid without a generator, else at random around it half of the time.
 
         The first is always there: Wan's first latent holds a single frame. At least three are, so that short clips, too, show how two
-        latents of four frames differ.
+        latents of four frames differ. Positions `aligned` and `paper` are those of an even grid, so no other is drawn for them.
         """
         if self.sparse != "latent":
             return list(range(frames))
         count = min(frames, max(3, (frames - 1) // self.stride + 1))
         even = torch.linspace(0, frames - 1, count).round().long()
-        if generator is None or torch.rand((), generator=generator) < 0.5:
+        if generator is None or self.positions in ("aligned", "paper") or torch.rand((), generator=generator) < 0.5:
             return even.tolist()
         edges = torch.linspace(1, frames, count).floor()
         low, high = edges[:-1], edges[1:]
         drawn = low + ((high - low) * torch.rand(count - 1, generator=generator)).floor()
         return [0, *drawn.long().tolist()]
 
-    def temporal_positions(self, indices: list[int], whole: int, pixel_frames: int) -> list[float] | None:
+    def temporal_positions(self, indices: list[int], whole: int) -> list[float] | None:
         """Positions of the frames of a temporal draw in a clip of `whole` latents; None: the stock ones.
 
         Args:
-            pixel_frames: latents of the clip of every stride-th frame.
+            indices: of the latents that are seen; with sparse=pixel those of the clip of every stride-th frame.
         """
-        count = pixel_frames if self.sparse == "pixel" else len(indices)
+        count = len(indices)
         if self.positions == "stock" or self.sparse == "off":
             return None
         if self.positions == "paper":
@@ -116,11 +116,8 @@ class FollowYourMotion(BaseModel):
             # a thinned clip that was cut to 4k+1 frames ends before the clip does
             end = min(whole - 1, self.stride * (count - 1)) if self.sparse == "pixel" else whole - 1
             return [index * end / max(1, count - 1) for index in range(count)]
-        return (
-            [float(self.stride * index) for index in range(count)]
-            if self.sparse == "pixel"
-            else list(map(float, indices))
-        )
+        step = self.stride if self.sparse == "pixel" else 1
+        return [float(step * index) for index in indices]
 
 
 _PRESETS: dict[str, dict[str, Any]] = {
@@ -132,8 +129,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "sparse": "pixel",
         "positions": "paper",
         "frames_a_draw": 1,
-        "spatial": Schedule(steps=3000),
-        "temporal": Schedule(steps=2000, validate_every=250),
+        "spatial": StageSchedule(steps=3000),
+        "temporal": StageSchedule(steps=2000, validate_every=250),
     },
     "code": {
         "head_rule": "code",
@@ -143,8 +140,8 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "sparse": "off",
         "motion_loss": "vmc",
         "frames_a_draw": 1,
-        "spatial": Schedule(steps=1500, weight_decay=0.1),
-        "temporal": Schedule(steps=1500, weight_decay=0.5, validate_every=250),
+        "spatial": StageSchedule(steps=1500, weight_decay=0.1),
+        "temporal": StageSchedule(steps=1500, weight_decay=0.5, validate_every=250),
     },
     "nano": {
         "rank": 16,
@@ -154,7 +151,7 @@ _PRESETS: dict[str, dict[str, Any]] = {
         "weighting": "flat",
         "frames_a_draw": 8,
         "clips_a_draw": 4,
-        "spatial": Schedule(steps=60, learning_rate=1e-3, warmup=10, validate_every=20),
-        "temporal": Schedule(steps=150, learning_rate=1e-3, warmup=10, validate_every=30),
+        "spatial": StageSchedule(steps=60, learning_rate=1e-3, warmup=10, validate_every=20),
+        "temporal": StageSchedule(steps=150, learning_rate=1e-3, warmup=10, validate_every=30),
     },
 }

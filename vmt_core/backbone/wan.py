@@ -2,7 +2,8 @@
 
     Backbone.load("wan-nano" | folder | hub id)  ->  encode · decode · caption · velocity · features
 
-diffusers layout; safetensors only. The VAE runs in fp32, the transformer and the text encoder in `dtype`; latents are fp32.
+diffusers layout; safetensors only. The VAE is in fp32 (torch lets convolutions of newer GPUs round to TF32), the transformer and the text
+encoder in `dtype`; latents are fp32.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from vmt_core.backbone import taps
@@ -98,7 +100,8 @@ class Backbone:
             image = config.get("image_dim") is not None or config.get("in_channels", 16) != config.get(
                 "out_channels", 16
             )
-            about = json.loads((path / "model_index.json").read_text())
+            with _reading(path):
+                about = dict(json.loads((path / "model_index.json").read_text()))
             later = about.get("expand_timesteps") or (path / "transformer_2").exists()
             if config.get("_class_name", "WanTransformer3DModel") != "WanTransformer3DModel":
                 raise ValueError(f"{model}: its transformer is a {config['_class_name']}, not a WanTransformer3DModel")
@@ -167,11 +170,19 @@ class Backbone:
             raise ValueError(
                 f"frames are {tuple(frames.shape)} {frames.dtype}; they must be (4k+1, 3, H, W) uint8, H and W multiples of 16"
             )
-        vae = self.part("vae")
-        pixels = frames.to(self.device, torch.float32).div_(127.5).sub_(1).transpose(0, 1)  # (3, T, H, W)
-        latents: Tensor = vae.encode(pixels.unsqueeze(0)).latent_dist.mode()
+        return self._encoded(frames.transpose(0, 1).unsqueeze(0))[0]
+
+    @torch.no_grad()
+    def encode_images(self, frames: Frames, at_once: int = 8) -> Float[Tensor, "frames channels height width"]:
+        """Each frame's own latent, as `encode` gives it for a clip of that frame alone; `at_once` of them are computed together."""
+        return torch.cat([self._encoded(some.unsqueeze(2)) for some in frames.split(at_once)])[:, :, 0]
+
+    def _encoded(self, clips: Tensor) -> Tensor:
+        """uint8 (B, 3, T, H, W) -> (B, C, F, h, w)."""
+        pixels = clips.to(self.device, torch.float32).div_(127.5).sub_(1)
+        latents: Tensor = self.part("vae").encode(pixels).latent_dist.mode()
         mean, std = self._statistics()
-        return ((latents - mean) / std)[0].float().cpu()
+        return ((latents - mean) / std).float().cpu()
 
     @torch.no_grad()
     def decode(self, latents: Latents) -> Frames:

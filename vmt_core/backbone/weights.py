@@ -11,7 +11,7 @@ _WEIGHTS = ["*.json", "*.safetensors", "*.model", "*.txt"]  # never a pickle
 
 
 def locate(model: str) -> Path:
-    """The local folder of a model: `wan-nano`, a folder, or a hub id (from the cache, else downloaded).
+    """The local folder of a model: `wan-nano`, a folder, or a hub id (its newest commit, from the cache where it is whole there).
 
     Raises:
         FileNotFoundError: neither; says what was tried.

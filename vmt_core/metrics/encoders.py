@@ -37,11 +37,14 @@ class Clip:
     @torch.no_grad()
     def images(self, frames: Frames, *, antialias: bool = True) -> Features:
         """Shorter side to the model's size, bicubic; centre crop. VBench's way is without antialiasing."""
-        pixels = _prepared(frames, self.side, *_CLIP, mode="bicubic", antialias=antialias)
-        top, left = (pixels.shape[2] - self.side) // 2, (pixels.shape[3] - self.side) // 2
-        pixels = pixels[:, :, top : top + self.side, left : left + self.side]
-        parts = [_pooled(self.model.get_image_features(part.to(self.model.device))) for part in pixels.split(_AT_ONCE)]
-        return normalize(torch.cat(parts).float().cpu(), dim=-1)
+        parts = []
+        for some in frames.split(_AT_ONCE):
+            some = some.to(self.model.device)
+            pixels = _prepared(some, self.side, *_CLIP, mode="bicubic", antialias=antialias)
+            top, left = (pixels.shape[2] - self.side) // 2, (pixels.shape[3] - self.side) // 2
+            pixels = pixels[:, :, top : top + self.side, left : left + self.side]
+            parts.append(_pooled(self.model.get_image_features(pixels)).float().cpu())
+        return normalize(torch.cat(parts), dim=-1)
 
     @torch.no_grad()
     def text(self, prompt: str) -> Float[Tensor, " d"]:
@@ -65,12 +68,13 @@ class Dino:
     @torch.no_grad()
     def images(self, frames: Frames) -> Features:
         """Shorter side to 224, bilinear; no crop, position embeddings are interpolated (VBench)."""
-        pixels = _prepared(frames, self.model.config.image_size, *_IMAGENET, mode="bilinear", antialias=False)
-        parts = [
-            self.model(part.to(self.model.device), interpolate_pos_encoding=True).last_hidden_state[:, 0]
-            for part in pixels.split(_AT_ONCE)
-        ]
-        return normalize(torch.cat(parts).float().cpu(), dim=-1)
+        parts = []
+        for some in frames.split(_AT_ONCE):
+            some = some.to(self.model.device)
+            pixels = _prepared(some, self.model.config.image_size, *_IMAGENET, mode="bilinear", antialias=False)
+            hidden = self.model(pixels, interpolate_pos_encoding=True).last_hidden_state
+            parts.append(hidden[:, 0].float().cpu())
+        return normalize(torch.cat(parts), dim=-1)
 
 
 class AestheticHead:
@@ -118,7 +122,7 @@ def _prepared(
     pixels = (
         interpolate(frames.float(), size, mode=mode, antialias=antialias, align_corners=False).round().clamp(0, 255)
     )
-    return (pixels / 255 - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(deviation).view(3, 1, 1)
+    return (pixels / 255 - pixels.new_tensor(mean).view(3, 1, 1)) / pixels.new_tensor(deviation).view(3, 1, 1)
 
 
 def _pooled(output: Any) -> Tensor:

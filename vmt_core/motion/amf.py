@@ -83,7 +83,7 @@ class WindowedAMF(_AMF):
         default=(3, 4), description="rows, cols of the tiles that share a window centre"
     )
     window_weight: float = Field(
-        default=0.2, ge=0, description="weight of the window loss beside the AMF loss (paper: 1 to 5)"
+        default=0.2, ge=0, description="weight of the window loss beside the AMF loss (the paper weighs them 1 : 5)"
     )
     drift: Literal["excess", "absolute"] = Field(
         default="excess", description="window loss: over the reference's drift, or all"

@@ -16,7 +16,7 @@ from transformers import UMT5Config, UMT5EncoderModel
 from vmt_core.backbone.sampler import shifted
 from vmt_core.precision import autocast
 from vmt_core.pretraining.ahead import Helpers
-from vmt_core.pretraining.loop import Logs, Phase, phase_at
+from vmt_core.pretraining.loop import Logs, Phase, StepLogs, phase_at
 from vmt_core.pretraining.muon import Muon
 from vmt_core.pretraining.pool import LatentPool, Size
 from vmt_core.pretraining.text import TEXT_CONFIG, tokenizer
@@ -92,7 +92,7 @@ class DitLoss(nn.Module):
 
     def forward(
         self, latents: Tensor, noise: Tensor, sigma: Tensor, ids: Tensor, mask: Tensor, kinds: Tensor
-    ) -> tuple[Tensor, Logs]:
+    ) -> tuple[Tensor, StepLogs]:
         """latents, noise (B, 16, F, H, W); sigma (B,) in (0, 1); ids, mask (B, tokens); kinds (B, F, H/2, W/2), see `pool.seen`."""
         features: list[Tensor] = []
         middle = self.transformer.blocks[NAMED_BLOCK]
@@ -102,9 +102,10 @@ class DitLoss(nn.Module):
         weight = 1 + (BODIES - 1) * near * (sigma < PLACED).view(-1, 1, 1, 1)
         loss = (weight * squared).sum() / weight.sum()
         naming = cross_entropy(self.namer(features[0].float()).mT, kinds.flatten(1).long())
-        clean = squared.detach().flatten(1).mean(1)[sigma < PLACED]
-        logs = {"loss_clean": clean.mean().item() if len(clean) else 0.0, "naming": naming.item()}
-        return loss + NAMING * naming, {"velocity": squared.mean().item(), **logs}
+        clean = sigma < PLACED
+        of_clean = (squared.detach().flatten(1).mean(1) * clean).sum() / clean.sum().clamp(min=1)
+        logs = {"velocity": squared.detach().mean(), "loss_clean": of_clean, "naming": naming.detach()}
+        return loss + NAMING * naming, logs
 
     def errors(self, latents: Tensor, noise: Tensor, sigma: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Mean squared error of each token, (B, F, H/2, W/2)."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 Logs = dict[str, float]
+StepLogs = dict[str, Tensor]  # of one step, not waited for
 _Weights = tuple[Tensor, ...] | list[Tensor]
 MAX_FILE = "12MB"  # of one checkpoint file
 
@@ -98,7 +99,7 @@ class Run:
         return {
             "step": self.step,
             "loss": loss.item(),
-            **logs,
+            **{name: value.item() for name, value in logs.items()},
             "gradient_norm": norm.item(),
             "learning_rate": factor,
             "seconds": time.perf_counter() - began,

@@ -22,10 +22,10 @@ from torch.nn.functional import max_pool3d, pad
 
 from vmt_core.precision import autocast
 from vmt_core.pretraining.ahead import Ahead, Helpers
-from vmt_core.world.judge import kind_of
+from vmt_core.world.judge import KINDS, kind_of
 from vmt_core.world.render import masks, render
 from vmt_core.world.sample import sample
-from vmt_core.world.spec import Scene
+from vmt_core.world.spec import WORLD_VERSION, Scene
 
 Size = tuple[int, int, int]  # frames, height, width
 
@@ -140,8 +140,9 @@ def seen(scene: Scene) -> Int[Tensor, "f h w"]:
 
 
 def _identity(vae: Any) -> str:
-    """Of what decides the latents: the encoder and their statistics, not the decoder."""
-    digest = hashlib.sha256(repr([vae.config.latents_mean, vae.config.latents_std]).encode())
+    """Of what decides a shard: the world, the encoder and the statistics of its latents, not the decoder."""
+    decides = [vae.config.latents_mean, vae.config.latents_std, WORLD_VERSION, CLIPS_A_SHARD, KINDS]
+    digest = hashlib.sha256(repr(decides).encode())
     for name, value in vae.state_dict().items():
         if name.startswith(("encoder.", "quant_conv.")):
             digest.update(value.float().numpy(force=True).tobytes())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vmt_core.precision import autocast
 from vmt_core.pretraining.ahead import Ahead, Helpers
-from vmt_core.pretraining.loop import Logs, Phase, phase_at
+from vmt_core.pretraining.loop import Logs, Phase, StepLogs, phase_at
 from vmt_core.world.render import centres, render
 from vmt_core.world.sample import sample
 
@@ -71,7 +71,7 @@ class VaeLoss(nn.Module):
             for part in (vae.encoder, vae.quant_conv):
                 part.requires_grad_(False)
 
-    def forward(self, pixels: Tensor) -> tuple[Tensor, Logs]:
+    def forward(self, pixels: Tensor) -> tuple[Tensor, StepLogs]:
         """(B, 3, T, H, W) in [-1, 1]."""
         with autocast(pixels.device):
             with torch.set_grad_enabled(not self.decoder_only):
@@ -83,7 +83,7 @@ class VaeLoss(nn.Module):
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
         squared = error.square().mean()
         loss = (weight * (error.abs() + error.square())).mean() / weight.mean() + self.kl_weight * kl
-        return loss, {"psnr": psnr(squared), "kl": kl.item()}
+        return loss, {"psnr": psnr(squared.detach()), "kl": kl.detach()}
 
 
 class VaeStage:
@@ -129,7 +129,7 @@ class VaeStage:
             ).to(device)
             decoded = vae.decode(vae.encode(clips).latent_dist.mode()).sample.clamp(-1, 1)
             logs[f"psnr_{frames}"] = sum(
-                psnr((a - b).square().mean()) for a, b in zip(decoded, clips, strict=True)
+                psnr((a - b).square().mean()).item() for a, b in zip(decoded, clips, strict=True)
             ) / len(clips)
         still = clips[:, :, :1].expand_as(clips)
         decoded = vae.decode(vae.encode(still).latent_dist.mode()).sample.clamp(-1, 1)
@@ -198,6 +198,6 @@ def pixels(frames: Tensor) -> Tensor:
     return frames.transpose(0, 1).float() / 127.5 - 1
 
 
-def psnr(squared: Tensor) -> float:
+def psnr(squared: Tensor) -> Tensor:
     """Of a mean squared error of values in [-1, 1], dB."""
-    return 10 * torch.log10(4 / squared.clamp(min=1e-10)).item()
+    return 10 * torch.log10(4 / squared.clamp(min=1e-10))

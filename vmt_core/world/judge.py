@@ -6,6 +6,7 @@ train split; `accuracy` on real clips of the test split says how far it can be t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -15,6 +16,7 @@ from typing import get_args
 
 import torch
 from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, cross_entropy, interpolate
@@ -22,7 +24,7 @@ from torch.nn.functional import avg_pool2d, cross_entropy, interpolate
 from vmt_core.shapes import Frames
 from vmt_core.world.render import render
 from vmt_core.world.sample import sample
-from vmt_core.world.spec import BACKGROUNDS, COLOURS, LIGHTER, Body, Pattern, Scene, ShapeName
+from vmt_core.world.spec import BACKGROUNDS, COLOURS, LIGHTER, WORLD_VERSION, Body, Pattern, Scene, ShapeName
 
 KINDS = ("none", *get_args(ShapeName), "figure", "pendulum")
 PATTERNS = get_args(Pattern)
@@ -176,14 +178,19 @@ def cached(path: Path) -> Judge:
     """The judge of a file, trained and written there if there is none.
 
     Raises:
-        ValueError: the file holds another architecture.
+        ValueError: the file holds another architecture, or a judge of another world.
     """
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(train().state_dict(), path)
+        part = path.with_name(f"{path.name}.{os.getpid()}")
+        save_file(train().state_dict(), part, metadata={"world_version": str(WORLD_VERSION)})
+        part.replace(path)
     judge = Judge()
     try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("world_version") != str(WORLD_VERSION):
+                raise ValueError("of another world")
         judge.load_state_dict(load_file(path))
-    except RuntimeError as error:
-        raise ValueError(f"{path}: weights of another judge; remove the file, and this one is trained there") from error
+    except (RuntimeError, ValueError, SafetensorError) as error:
+        raise ValueError(f"{path}: no weights of this judge; remove the file, and this one is trained there") from error
     return judge.eval()

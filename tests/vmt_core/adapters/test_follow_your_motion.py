@@ -14,7 +14,7 @@ from vmt_core.adapters import masked_lora
 from vmt_core.adapters.follow_your_motion import Prepared, loss_weight, motion_loss
 from vmt_core.adapters.settings import FollowYourMotion
 from vmt_core.backbone.sampler import shifted
-from vmt_core.tuning import Schedule, TorchEngine, Tuning
+from vmt_core.tuning import StageSchedule, TorchEngine, Tuning
 from vmt_core.world import render, sample
 
 SETTINGS = FollowYourMotion.preset("nano", rank=4, alpha=4)
@@ -42,7 +42,7 @@ def test_presets_are_what_they_say():
 def test_changes_of_a_schedule_leave_the_rest_of_it():
     changed = FollowYourMotion.preset("code", temporal={"steps": 7})
     assert (changed.temporal.steps, changed.temporal.weight_decay) == (7, 0.5)
-    assert FollowYourMotion.preset(temporal={"steps": 7}).temporal == Schedule(steps=7, validate_every=250)
+    assert FollowYourMotion.preset(temporal={"steps": 7}).temporal == StageSchedule(steps=7, validate_every=250)
 
 
 @pytest.mark.parametrize(
@@ -91,21 +91,23 @@ def test_every_latent_is_trained_on_at_some_time():
 
 def test_positions_of_every_kind():
     indices = [0, 5, 10, 15, 20]
-    assert FollowYourMotion().temporal_positions(indices, 21, 5) == indices
-    assert FollowYourMotion(positions="paper").temporal_positions(indices, 21, 5) == pytest.approx(
+    assert FollowYourMotion().temporal_positions(indices, 21) == indices
+    assert FollowYourMotion(positions="paper").temporal_positions(indices, 21) == pytest.approx(
         [0, 4.2, 8.4, 12.6, 16.8]
     )
-    assert FollowYourMotion(positions="aligned").temporal_positions(indices, 21, 5) == pytest.approx(indices)
-    assert FollowYourMotion(positions="stock").temporal_positions(indices, 21, 5) is None
-    assert FollowYourMotion(sparse="off").temporal_positions(list(range(21)), 21, 5) is None
-    assert FollowYourMotion(sparse="pixel", positions="aligned").temporal_positions([], 21, 5) == pytest.approx(indices)
+    assert FollowYourMotion(positions="aligned").temporal_positions(indices, 21) == pytest.approx(indices)
+    assert FollowYourMotion(positions="stock").temporal_positions(indices, 21) is None
+    assert FollowYourMotion(sparse="off").temporal_positions(list(range(21)), 21) is None
+    assert FollowYourMotion(sparse="pixel", positions="aligned").temporal_positions([*range(5)], 21) == pytest.approx(
+        indices
+    )
 
 
 @pytest.mark.parametrize("frames", [25, 33, 49, 65, 81])
 def test_exact_positions_of_a_thinned_clip_are_where_its_frames_were(frames):
     """Also where it was cut to 4k+1: latent j of every fifth frame ends at frame 20 j, which is latent 5 j of the clip."""
     thinned = (len(range(0, frames, 5)) - 1) // 4 + 1
-    found = FollowYourMotion(sparse="pixel").temporal_positions([], (frames - 1) // 4 + 1, thinned)
+    found = FollowYourMotion(sparse="pixel").temporal_positions([*range(thinned)], (frames - 1) // 4 + 1)
     assert found == [5 * j for j in range(thinned)]
 
 
@@ -113,17 +115,17 @@ def test_exact_positions_of_a_thinned_clip_are_where_its_frames_were(frames):
 def test_the_papers_formula_is_a_stretching(whole, count, index):
     """f(F/2 + F/F' (i - F'/2)) of the paper is i F/F'."""
     index = min(index, count - 1)
-    found = FollowYourMotion(sparse="pixel", positions="paper").temporal_positions([], whole, count)
+    found = FollowYourMotion(sparse="pixel", positions="paper").temporal_positions([*range(count)], whole)
     assert found[index] == pytest.approx(whole / 2 + whole / count * (index - count / 2))
 
 
 @pytest.mark.parametrize("frames", [21, 25, 33, 49, 65, 81])
 def test_aligned_positions_end_where_the_last_frame_was(frames):
     whole, thinned = (frames - 1) // 4 + 1, (len(range(0, frames, 5)) - 1) // 4 + 1
-    pixel = FollowYourMotion(sparse="pixel", positions="aligned").temporal_positions([], whole, thinned)
+    pixel = FollowYourMotion(sparse="pixel", positions="aligned").temporal_positions([*range(thinned)], whole)
     assert (pixel[0], pixel[-1]) == (0, 5 * (thinned - 1))
     chosen = FollowYourMotion(positions="aligned")
-    latent = chosen.temporal_positions(chosen.indices(whole), whole, thinned)
+    latent = chosen.temporal_positions(chosen.indices(whole), whole)
     assert (latent[0], latent[-1]) == (0, whole - 1)
 
 
@@ -144,28 +146,39 @@ def test_draws_are_of_frames_far_apart_one_of_each_part_of_the_clip(frames):
         assert 0.4 < sum(draw == even for draw in draws) / len(draws) < 0.65
 
 
+@pytest.mark.parametrize("positions", ["aligned", "paper"])
+def test_frames_of_even_positions_are_those_of_the_even_grid(positions):
+    chosen, generator = FollowYourMotion(positions=positions), torch.Generator().manual_seed(0)
+    assert {tuple(chosen.indices(21, generator)) for _ in range(20)} == {(0, 5, 10, 15, 20)}
+
+
 # prepared references
 
 
 def test_a_reference_is_prepared_once_and_comes_back(tiny, prepared, tmp_path):
     assert prepared.latents.shape == (16, 5, 8, 8)
     assert prepared.frames.shape == (17, 16, 8, 8)
-    assert prepared.sparse.shape == (16, 2, 8, 8)  # 17 frames, every fourth: 5
+    assert prepared.thinned.shape == (16, 2, 8, 8)  # 17 frames, every fourth: 5
     assert torch.allclose(prepared.frames[0], prepared.latents[:, 0], atol=1e-5)  # Wan's first latent is of one frame
     clip = render(sample(3, category="single", motion="line", frames=17, height=64, width=64))
     assert all(
         torch.allclose(prepared.frames[at], tiny.encode(clip[at : at + 1])[:, 0], atol=1e-5) for at in (1, 9, 16)
     )
-    assert torch.allclose(prepared.sparse, tiny.encode(clip[::4].contiguous()), atol=1e-5)
+    assert torch.allclose(prepared.thinned, tiny.encode(clip[::4].contiguous()), atol=1e-5)
     prepared.save(tmp_path / "prepared.safetensors")
     again = Prepared.load(tmp_path / "prepared.safetensors")
     assert all(torch.equal(getattr(again, name), value) for name, value in vars(prepared).items())
+    other = fym.prepare(tiny, clip, "a red square")
+    other.save(tmp_path / "prepared.safetensors")
+    assert other.thinned is None is Prepared.load(tmp_path / "prepared.safetensors").thinned
+    with pytest.raises(ValueError, match="prepared with a stride"):
+        fym.head_types(tiny, other, settings(sparse="pixel"))
 
 
 @pytest.mark.parametrize("stride", [1, 2, 3, 5, 7, 16, 40])
 def test_the_thinned_clip_has_4k_plus_1_frames(tiny, stride):
     clip = render(sample(0, frames=17, height=32, width=32))
-    assert fym.prepare(tiny, clip, "a", stride).sparse.shape[1] == max(1, (-(-17 // stride) - 1) // 4 + 1)
+    assert fym.prepare(tiny, clip, "a", stride).thinned.shape[1] == max(1, (-(-17 // stride) - 1) // 4 + 1)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +259,7 @@ def test_temporal_draws_are_latents_of_the_clip_at_their_places(wan, prepared):
 
 def test_pixel_draws_are_the_thinned_clip(wan, prepared):
     latents, *_, positions, _ = task("temporal", wan, prepared, settings(sparse="pixel", positions="paper")).batch(0)
-    assert torch.equal(latents[0], prepared.sparse)
+    assert torch.equal(latents[0], prepared.thinned)
     assert positions == pytest.approx([0, 2.5])
 
 
@@ -379,7 +392,7 @@ def test_sixty_steps_on_a_moving_square_lower_the_loss_of_the_whole_clip_too(wan
 def test_what_the_temporal_stage_cannot_do_is_refused_before_the_spatial_one_is_trained(
     tiny, prepared, changes, message
 ):
-    short = replace(prepared, sparse=prepared.sparse[:, :1], latents=prepared.latents[:, :2])
+    short = replace(prepared, thinned=prepared.thinned[:, :1], latents=prepared.latents[:, :2])
     with pytest.raises(ValueError, match=message):
         fym.head_types(tiny, short, settings(stride=5, **changes))
 

@@ -131,6 +131,21 @@ def test_an_adapted_head_leaks_through_the_shared_norm_unless_norms_are_isolated
     assert torch.equal(attention.norm_q(attention.to_q(x))[..., 24:], leaked)
 
 
+def test_isolated_norms_leave_nothing_behind_however_they_are_nested(wan, heads):
+    def hooks():
+        return sum(len(part._forward_hooks) for part in wan.transformer.modules())
+
+    masked_lora.add(wan.transformer, "one", heads, rank=4, alpha=4)
+    before = hooks()
+    masked_lora.isolate_norms(wan.transformer)
+    strict = hooks()
+    with masked_lora.isolated_norms(wan.transformer):
+        pass
+    assert hooks() == strict > before
+    masked_lora.clear(wan.transformer)
+    assert hooks() == before
+
+
 def test_the_file_loads_in_a_plain_pipeline_and_gives_the_same(wan, folder, clip, heads, tmp_path):
     masked_lora.add(wan.transformer, "one", heads, rank=4, alpha=8)
     fill(wan.transformer, "one")
@@ -185,8 +200,9 @@ def test_comfyui_keys_come_back_through_diffusers_own_converter(wan, heads):
     assert all(torch.equal(back[f"transformer.{key}"], value) for key, value in weights.items())
 
 
-def spoil(path, weights, **metadata):
-    save_file({f"transformer.{key}": value for key, value in weights.items()}, path, metadata=metadata)
+def spoil(path, weights, about="{}"):
+    tensors = {f"transformer.{key}": value for key, value in weights.items()}
+    save_file(tensors, path, metadata={"lora_adapter_metadata": about})
 
 
 @pytest.mark.parametrize(
@@ -196,6 +212,17 @@ def spoil(path, weights, **metadata):
         (lambda path, w: path.write_bytes(b""), "not a readable safetensors file"),
         (lambda path, w: save_file({"weight": torch.zeros(2)}, path), "holds no LoRA"),
         (lambda path, w: spoil(path, {k: v * float("nan") for k, v in w.items()}), "is not finite"),
+        (lambda path, w: spoil(path, dict([*w.items()][1:])), "has no pair of lora_A and lora_B"),
+        (lambda path, w: spoil(path, dict([*w.items()][:-1])), "has no pair of lora_A and lora_B"),
+        (lambda path, w: spoil(path, {k: v.int() for k, v in w.items()}), "are no matrices of real numbers"),
+        (lambda path, w: spoil(path, {k: v[0] for k, v in w.items()}), "are no matrices of real numbers"),
+        (lambda path, w: spoil(path, w | {next(k for k in w if "_A" in k): torch.zeros(3, 48)}), r"ranks 3, 4\)"),
+        (lambda path, w: spoil(path, {k.replace("attn1.to_q", "ffn.net.2"): v for k, v in w.items()}), "holds no LoRA"),
+        (lambda path, w: spoil(path, w, "{"), "gives no rank and alpha"),
+        (lambda path, w: spoil(path, w, "[]"), "gives no rank and alpha"),
+        (lambda path, w: spoil(path, w, '{"transformer.lora_alpha": null}'), "gives no rank and alpha"),
+        (lambda path, w: spoil(path, w, '{"transformer.r": 0}'), "gives no rank and alpha"),
+        (lambda path, w: spoil(path, w, '{"transformer.lora_alpha": NaN}'), "gives no finite alpha"),
     ],
 )
 def test_what_is_no_adapter_file_is_refused(wan, heads, tmp_path, make, words):

@@ -106,6 +106,11 @@ def test_a_judge_learns_and_is_kept(tmp_path, monkeypatch):
 
 
 def test_a_file_of_another_judge_is_refused(tmp_path):
-    save_file({"head.weight": torch.zeros(1)}, tmp_path / "judge.safetensors")
-    with pytest.raises(ValueError, match="weights of another judge; remove the file"):
-        cached(tmp_path / "judge.safetensors")
+    path = tmp_path / "judge.safetensors"
+    for content, version in (({"head.weight": torch.zeros(1)}, "1"), (Judge().state_dict(), "0")):
+        save_file(content, path, metadata={"world_version": version})
+        with pytest.raises(ValueError, match="no weights of this judge; remove the file"):
+            cached(path)
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="no weights of this judge; remove the file"):
+        cached(path)
