@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import shutil
@@ -84,7 +85,9 @@ def _fit(settings: TuneSettings, storage: Storage, row: AdapterRow, folder: str,
         fault = trainer.fit().return_value
     except WorkerGroupError as error:
         raise RowError(
-            ErrorCode.CRASHED, f"its workers died {settings.training.attempts} times: {describe(error)[-1500:]}"
+            ErrorCode.CRASHED,
+            f"its workers died, or hung in a step for limits.row_seconds={settings.limits.row_seconds:g}, "
+            f"{settings.training.attempts} times: {describe(error)[-1500:]}",
         ) from error
     except Exception as error:
         kept = join(settings.output, "run", "training", row.adapter_id)
@@ -106,6 +109,8 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
         if error.code.transient:
             raise
         return error.code.value, error.message[:2000]
+    finally:
+        faulthandler.cancel_dump_traceback_later()
     return None
 
 
@@ -158,6 +163,8 @@ def _train(settings: TuneSettings, row: AdapterRow, folder: str, gpus: bool) -> 
             saved_at = began = time.monotonic()
             over = run.done
             while not over:
+                # a step that hangs ends its worker, in whatever it hangs, and says where in the worker's log
+                faulthandler.dump_traceback_later(settings.limits.row_seconds, exit=True, file=2)
                 logs = run.advance()
                 over = run.done
                 if board:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import time
 
@@ -123,6 +124,16 @@ def test_a_training_that_breaks_is_a_failed_row_that_says_why(model, clips, tmp_
     code, text = jobs.here("tune", *command)
     assert code == 3
     assert "1 done before, 0 to tune now" in text
+
+
+def test_a_training_that_hangs_is_ended(tuned, model, captioned, tmp_path):
+    shutil.copytree(tuned[0] / "prepared", tmp_path / "out" / "prepared")  # which has the same limit
+    limits = ["--limits.row-seconds", 0.001, "--training.attempts", 1]
+    code, text = jobs.run("tune", *flags(model, captioned, tmp_path / "out"), *limits)
+    assert code == 3, text
+    for row in rows(tmp_path / "out"):
+        assert row.error_code == "crashed"
+        assert "hung in a step for limits.row_seconds=0.001, 1 times" in row.error_message
 
 
 @pytest.mark.parametrize(
