@@ -37,7 +37,6 @@ from vmt_core.metrics.noncommercial import NOTICE
 
 T = TypeVar("T")
 _DRAWN = 500  # of those, the ones whose tracks can be drawn over the videos
-_FAULT = ("status", "error_code", "error_message")
 
 
 def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -156,15 +155,15 @@ def page(
             for row in batch.to_pylist():
                 key = (run, row["sample_id"])
                 values = {name: getattr(metrics[key], name) for name in tables.BETTER if name != "seconds"}
-                fault = (
-                    {name: getattr(metrics[key], name) for name in _FAULT} if metrics[key].status == "failed" else {}
-                )
+                fault = None
+                if row["status"] == "ok" and metrics[key].status == "failed":
+                    fault = f"{metrics[key].error_code}: {metrics[key].error_message}"
                 of = {"run": run} if len(settings.run) > 1 else {}
-                shown.append(row | fault | of | {"metrics": values} | tracks.get(key, {}))
+                shown.append(row | of | {"metrics": values, "fault": fault} | tracks.get(key, {}))
     # methods as in the comparison: what others are compared to comes first
     order = {method: place for place, method in enumerate(dict.fromkeys(line.method for line in lines))}
     shown.sort(key=lambda row: (row["reference_uri"], row["prompt"], row["seed"], order.get(row["method"], len(order))))
-    return report.render(shown, summary, output, lines=lines, place="")
+    return report.render(shown, summary, output, lines=lines, place="", runs=settings.run)
 
 
 def read(

@@ -10,7 +10,9 @@ from typing import Any
 
 from pipelines.tables import ALL, BETTER, Line, few
 
+SECONDS = "seconds a video (tuning not counted)"
 _INK = "#010203"  # becomes the text colour of the page
+_NAMED = 6  # lines whose names find room beside their points
 
 
 def intervals(lines: Sequence[Line], metric: str) -> str:
@@ -28,8 +30,7 @@ def intervals(lines: Sequence[Line], metric: str) -> str:
     axes.set_ylim(-0.6, len(shown) - 0.4)
     axes.grid(axis="x", alpha=0.2)
     axes.locator_params(axis="x", nbins=5)  # long numbers of near values would run into each other
-    better = {True: "more is better", False: "less is better", None: ""}[BETTER[metric]]
-    axes.set_title(f"{metric.replace('_', ' ')}{f' ({better})' if better else ''}", loc="left", fontsize=9)
+    axes.set_title(_title(metric), loc="left", fontsize=9)
     return _svg(figure)
 
 
@@ -45,8 +46,12 @@ def against_seconds(lines: Sequence[Line], metric: str = "motion") -> str:
         axes.plot(x, y.mean, "o", color=_INK, markersize=5)
         # neighbours' names are apart: above and below in turns
         end, offset, side = (y.low, -4, "top") if turn % 2 else (y.high, 4, "bottom")
+        name = _wrapped(line, metric)
+        if len(shown) > _NAMED:
+            axes.plot([], [], " ", label=f"{turn + 1}  {line.label}"[:60])
+            name = str(turn + 1)
         axes.annotate(
-            _wrapped(line, metric),
+            name,
             (x, end),
             (0, offset),
             textcoords="offset points",
@@ -56,12 +61,21 @@ def against_seconds(lines: Sequence[Line], metric: str = "motion") -> str:
             va=side,
             parse_math=False,
         )
-    axes.set_xlabel("seconds a video")
-    axes.set_title(f"{metric.replace('_', ' ')} against time", loc="left", fontsize=9)
+    if len(shown) > _NAMED:
+        legend = figure.legend(loc="outside lower left", fontsize=8, frameon=False, handlelength=0, handletextpad=0)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+    axes.set_xlabel(SECONDS)
+    axes.set_title(f"{_title(metric)} against time", loc="left", fontsize=9)
     axes.margins(x=0.25, y=0.2)
     axes.set_xlim(left=max(0, axes.get_xlim()[0]))
     axes.grid(alpha=0.2)
     return _svg(figure)
+
+
+def _title(metric: str) -> str:
+    better = {True: " (more is better)", False: " (less is better)", None: ""}[BETTER[metric]]
+    return (SECONDS if metric == "seconds" else metric.replace("_", " ")) + better
 
 
 def _wrapped(line: Line, metric: str) -> str:

@@ -32,12 +32,14 @@ from schemas.rows import ResultRow
 
 #: Text columns travel as indexes into a pool of distinct strings, the others as numbers. Text as well are the seed,
 #: which may exceed what JavaScript holds exactly, the links to the result, to the reference as the model saw it,
-#: and to the original clip, the tracks of points that can be drawn over both, and the run, where a page shows several.
+#: and to the original clip, the tracks of points that can be drawn over both, the run, where a page shows several, and why a
+#: video that was made could not be measured.
 ROWS = 10_000  # that a page shows at most: failures first
+_FEW = 8  # references, of which an interval is rough
 _SCHEMA = {field.name: str(field.type) for field in ResultRow.arrow_schema()}
 _TEXT = (
     *(name for name, kind in _SCHEMA.items() if kind == "string"),
-    *("seed", "video", "reference", "source", "tracks", "reference_tracks", "run"),
+    *("seed", "video", "reference", "source", "tracks", "reference_tracks", "run", "fault"),
 )
 _NUMBERS = tuple(name for name, kind in _SCHEMA.items() if kind != "string" and name != "seed")
 _STAGES = ("encode", "transfer", "finish")
@@ -58,6 +60,7 @@ def render(
     *,
     lines: Sequence[Line] = (),
     place: str = "run",
+    runs: Sequence[str] = (),
 ) -> str:
     """The report as one HTML page, to be written to OUT/run/report.html.
 
@@ -69,13 +72,16 @@ def render(
             by stage a curve of (step, loss, validation loss)).
         output: the OUT prefix (a path or a URL); what lies below it is linked relatively, so that OUT can be moved.
         lines: of the comparison of methods; rows may then hold `metrics`, a dict of numbers, and tracks as
-            `vmt_core.metrics.motion.packed` makes them, and their run.
+            `vmt_core.metrics.motion.packed` makes them, their run, and a `fault` of the measurement.
         place: folder of the page below OUT.
+        runs: other OUTs, whose videos are shown: they are linked relatively, too, if they lie beside this one.
     """
     rows = list(rows)
     command = _command(summary)
     packed = json.dumps(
-        _pack(rows, output, place) | {"command": command}, separators=(",", ":"), allow_nan=False
+        _pack(rows, output, place, runs) | {"command": command, "total": _total(rows, summary)},
+        separators=(",", ":"),
+        allow_nan=False,
     ).replace("<", "\\u003c")
     template = _ENVIRONMENT.get_template("report.html.j2")
     page = template.render(
@@ -87,10 +93,11 @@ def render(
     return page.encode("utf-8", "replace").decode()  # lone surrogates cannot be written to a file
 
 
-def link(uri: str | None, output: str, place: str = "run") -> str | None:
+def link(uri: str | None, output: str, place: str = "run", runs: Sequence[str] = ()) -> str | None:
     """What a page in OUT/run/ (or another `place`) may point at to reach `uri`, or None if it should not.
 
-    Below OUT: a relative link. Elsewhere: http(s) and plain paths only, so that no row can smuggle in a `javascript:`.
+    Below OUT, or below one of `runs` that has a folder in common with it: a relative link. Elsewhere: http(s) and plain paths only, so
+    that no row can smuggle in a `javascript:`.
     A path that is relative to the working directory is made relative to the page.
     """
     if not uri:
@@ -106,7 +113,8 @@ def link(uri: str | None, output: str, place: str = "run") -> str | None:
             return quote(posixpath.relpath("/".join(there[3:]), page), safe="/=", errors="replace")
     elif not _scheme(uri):
         root, target = os.path.abspath(output), os.path.abspath(uri)
-        if os.path.commonpath((root, target)) == root or not os.path.isabs(uri):
+        near = any(_below(target, run) and os.path.commonpath((root, os.path.abspath(run))) != os.sep for run in runs)
+        if _below(target, root) or near or not os.path.isabs(uri):
             return quote(os.path.relpath(target, os.path.join(root, place)), safe="/=", errors="replace")
     if uri != uri.strip() or re.search(r"[\x00-\x1f\x7f]", uri):  # browsers drop these: `java\nscript:`
         return None
@@ -115,6 +123,11 @@ def link(uri: str | None, output: str, place: str = "run") -> str | None:
     if _scheme(uri) or re.match(r"[/\\]{2}", uri):  # another scheme, or another host
         return None
     return re.sub("[%?#]", lambda match: quote(match[0]), uri)
+
+
+def _below(path: str, folder: str) -> bool:
+    folder = os.path.abspath(folder.removeprefix("file://"))
+    return os.path.commonpath((folder, path)) == folder
 
 
 def _scheme(uri: str) -> str:
@@ -131,18 +144,24 @@ def _command(summary: Mapping[str, Any]) -> str:
     return shlex.join([*words, *summary.get("again", ()), "--output", "out/again", "--samples"])
 
 
-def _pack(rows: Sequence[Mapping[str, Any]], output: str, place: str) -> dict[str, Any]:
+def _total(rows: Sequence[Mapping[str, Any]], summary: Mapping[str, Any]) -> int:
+    """How many results there are, of which these rows may be a part."""
+    return max(len(rows), sum(_count(summary.get(name)) or 0 for name in ("ok", "failed")))
+
+
+def _pack(rows: Sequence[Mapping[str, Any]], output: str, place: str, runs: Sequence[str]) -> dict[str, Any]:
     """Rows as arrays, each distinct string stored once: 10,000 rows share a few prompts, settings and versions."""
     pool: dict[str, int] = {}
     packed = []
-    metrics = list(dict.fromkeys(name for row in rows for name in row.get("metrics", {})))
+    measured = (row.get("metrics", {}).items() for row in rows)
+    metrics = list(dict.fromkeys(name for values in measured for name, value in values if _number(value) is not None))
     numbers = [*_NUMBERS, *metrics]
     for row in rows:
         values = {
             **row,
-            "video": link(row.get("video_uri"), output, place),
-            "reference": link(row.get("reference_video_uri"), output, place),
-            "source": link(row.get("reference_uri"), output, place),
+            "video": link(row.get("video_uri"), output, place, runs),
+            "reference": link(row.get("reference_video_uri"), output, place, runs),
+            "source": link(row.get("reference_uri"), output, place, runs),
             **row.get("metrics", {}),
         }
         texts = (values.get(name) for name in _TEXT)
@@ -168,29 +187,45 @@ def _comparison(lines: Sequence[Line]) -> dict[str, Any] | None:
     shown = [line for line in lines if line.category == tables.ALL]
     metrics = [name for name in tables.BETTER if any(name in line.cells for line in shown)]
     figures = [plots.against_seconds(lines), *(plots.intervals(lines, name) for name in metrics)]
+    references = max((cell.references for line in shown for cell in line.cells.values()), default=0)
     return {
         "figures": [Markup(figure) for figure in figures if figure],  # drawn here, from numbers and escaped labels
-        "metrics": [name.replace("_", " ") for name in metrics],
+        "metrics": [_head(name) for name in metrics],
+        "intervals": (
+            "over the videos of one reference, which says nothing of other clips"
+            if references == 1
+            else f"over {references} references{', which are few' if references < _FEW else ''}, each drawn with all of its videos"
+        ),
         "lines": [
             {
                 "label": line.label,
                 "made": line.made,
                 "failed": line.failed,
-                "cells": [_numbers(line, name) for name in metrics],
+                "cells": [_numbers(line, name, shown) for name in metrics],
             }
             for line in shown
         ],
     }
 
 
-def _numbers(line: Line, name: str) -> dict[str, str]:
+def _head(name: str) -> str:
+    """A metric with what is better: `motion ↑`."""
+    words = plots.SECONDS if name == "seconds" else name.replace("_", " ")
+    return words + {True: " ↑", False: " ↓", None: ""}[tables.BETTER[name]]
+
+
+def _numbers(line: Line, name: str, lines: Sequence[Line]) -> dict[str, Any]:
     cell = line.cells.get(name)
     if cell is None:
-        return {"mean": "", "gain": "", "few": ""}
-    gain = ""
-    if cell.difference is not None:
-        gain = f"{cell.difference:+.3f} [{cell.difference_low:+.3f}, {cell.difference_high:+.3f}]"
-    return {"mean": f"{cell.mean:.3f}", "gain": gain, "few": tables.few(line, name)}
+        return {"mean": "", "gain": "", "few": "", "best": False}
+    digits = tables.decimals(lines, name)
+    best = len(lines) > 1 and cell.mean == tables.best(name, lines)
+    return {
+        "mean": f"{cell.mean:.{digits}f}",
+        "gain": tables.gain(cell, digits),
+        "few": tables.few(line, name),
+        "best": best,
+    }
 
 
 def _header(rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -239,6 +274,7 @@ def _header(rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> di
         "stage_total": _short(sum(seconds for _, seconds in stages)),
         "versions": {str(name): str(value) for name, value in versions.items()},
         "adapters": [_adapter(about) for about in summary.get("adapters") or ()],
+        "tuning": _duration(sum(about["seconds"] for about in summary.get("adapters") or ()) or None),
     }
 
 
@@ -264,8 +300,10 @@ def _curve(points: Iterable[tuple[int, float, float | None]]) -> dict[str, Any]:
     checked = [(step, value) for step, _, value in points if value is not None]
     last = max(1, points[-1][0]) if points else 1
 
+    shown = smooth + [value for _, value in checked]  # on one scale
+    low, high = min(shown, default=0.0), max(shown, default=1.0)
+
     def line(values: list[tuple[int, float]]) -> str:
-        low, high = min((v for _, v in values), default=0.0), max((v for _, v in values), default=1.0)
         return " ".join(
             f"{240 * step / last:.1f},{76 - 72 * (v - low) / ((high - low) or 1):.1f}" for step, v in values
         )
@@ -274,6 +312,7 @@ def _curve(points: Iterable[tuple[int, float, float | None]]) -> dict[str, Any]:
         "steps": last,
         "loss": line([(step, value) for (step, _, _), value in zip(points, smooth, strict=True)]),
         "validation": line(checked),
+        "range": f"{_short(low)} to {_short(high)}",
         "from": _short(checked[0][1]) if checked else "",
         "to": _short(checked[-1][1]) if checked else "",
     }

@@ -76,6 +76,7 @@ class Cell:
     difference_high: float | None = None
     wins: float | None = None  # share of pairs in which this method is better; draws count half
     pairs: int = 0
+    references: int = 0  # whose videos these are
 
 
 @dataclass(frozen=True)
@@ -197,7 +198,18 @@ def interval(values: _Array, references: _Array, draws: int) -> tuple[float, flo
 def to_csv(lines: Sequence[Line]) -> str:
     """A line for each method and category, a column for each number."""
     names = [metric for metric in BETTER if any(metric in line.cells for line in lines)]
-    fields = ("count", "mean", "low", "high", "difference", "difference_low", "difference_high", "wins", "pairs")
+    fields = (
+        "count",
+        "mean",
+        "low",
+        "high",
+        "difference",
+        "difference_low",
+        "difference_high",
+        "wins",
+        "pairs",
+        "references",
+    )
     sink = io.StringIO()
     writer = csv.writer(sink, lineterminator="\n")
     writer.writerow(
@@ -217,6 +229,7 @@ def to_markdown(lines: Sequence[Line]) -> str:
     text = []
     for category in dict.fromkeys(line.category for line in lines):
         part = [line for line in lines if line.category == category]
+        digits = {name: decimals(part, name) for name in names}
         text += [
             f"### {category}",
             "",
@@ -224,7 +237,7 @@ def to_markdown(lines: Sequence[Line]) -> str:
             "|" + "---|" * (len(names) + 2),
         ]
         for line in part:
-            cells = " | ".join(_shown(line, name) for name in names)
+            cells = " | ".join(_shown(line, name, digits[name]) for name in names)
             text.append(
                 f"| {_md(line.label)} | {line.made}{f' (+{line.failed} failed)' if line.failed else ''} | {cells} |"
             )
@@ -246,12 +259,12 @@ def to_latex(lines: Sequence[Line]) -> str:
         cells = []
         for name in names:
             cell = line.cells.get(name)
-            best = _best(name, part)
+            mark = best(name, part)
             shown = "--"
             if cell is not None:
                 few = "" if cell.count == line.made else rf"\textsuperscript{{{cell.count}/{line.made}}}"
-                shown = f"{cell.mean:.3f}{few}"
-            cells.append(rf"\textbf{{{shown}}}" if cell is not None and cell.mean == best else shown)
+                shown = f"{cell.mean:.{decimals(part, name)}f}{few}"
+            cells.append(rf"\textbf{{{shown}}}" if cell is not None and cell.mean == mark else shown)
         text.append(" & ".join([_tex(line.label), *cells]) + r" \\")
     return "\n".join([*text, r"\bottomrule", r"\end{tabular}", ""])
 
@@ -342,15 +355,15 @@ def _cell(values: _Array, differences: _Array, references: _Array, metric: str, 
     known, paired = ~np.isnan(values), ~np.isnan(differences)
     values, differences = values[known], differences[paired]
     low, high = interval(values, references[known], draws)
+    clips = len(np.unique(references[known]))
     if not len(differences):
-        return Cell(len(values), float(values.mean()), low, high)
+        return Cell(len(values), float(values.mean()), low, high, references=clips)
     first, last = interval(differences, references[paired], draws)
     better = BETTER[metric]
     signed = differences if better is None or better else -differences
     wins = None if better is None else float((signed > 0).mean() + (signed == 0).mean() / 2)
-    return Cell(
-        len(values), float(values.mean()), low, high, float(differences.mean()), first, last, wins, len(differences)
-    )
+    gain, pairs = float(differences.mean()), len(differences)
+    return Cell(len(values), float(values.mean()), low, high, gain, first, last, wins, pairs, clips)
 
 
 def _flat(value: Any, path: str = "") -> dict[str, Any]:
@@ -369,7 +382,7 @@ def few(line: Line, name: str) -> str:
     return "" if cell is None or cell.count == line.made else f"{cell.count} of {line.made}"
 
 
-def _best(metric: str, lines: Sequence[Line]) -> float | None:
+def best(metric: str, lines: Sequence[Line]) -> float | None:
     """The best mean, of those that half of the videos have a part in."""
     cells = [(line.cells[metric], line.made) for line in lines if metric in line.cells]
     means = [cell.mean for cell, made in cells if 2 * cell.count >= made]
@@ -377,16 +390,31 @@ def _best(metric: str, lines: Sequence[Line]) -> float | None:
     return None if better is None or not means else (max if better else min)(means)
 
 
-def _shown(line: Line, name: str) -> str:
+def decimals(lines: Sequence[Line], name: str) -> int:
+    """Decimals that a metric is shown with: two digits of its narrowest interval, three where there is none."""
+    cells = [line.cells[name] for line in lines if name in line.cells]
+    widths = [cell.high - cell.low for cell in cells]
+    widths += [cell.difference_high - cell.difference_low for cell in cells if cell.difference_high is not None]
+    least = min((width for width in widths if width > 0), default=0.05)
+    return max(0, min(6, 1 - math.floor(math.log10(least))))
+
+
+def gain(cell: Cell, digits: int) -> str:
+    """The difference to the baseline with its interval, and of how many pairs it is where that are not all videos; empty without one."""
+    if cell.difference is None:
+        return ""
+    shown = [f"{value:+.{digits}f}" for value in (cell.difference, cell.difference_low, cell.difference_high)]
+    return f"{shown[0]} [{shown[1]}, {shown[2]}]" + (f", {cell.pairs} pairs" if cell.pairs != cell.count else "")
+
+
+def _shown(line: Line, name: str, digits: int) -> str:
     cell = line.cells.get(name)
     if cell is None:
         return ""
-    told = []
-    if cell.difference is not None:
-        told.append(f"{cell.difference:+.3f} [{cell.difference_low:+.3f}, {cell.difference_high:+.3f}]")
+    told = [gain(cell, digits)] if cell.difference is not None else []
     if rest := few(line, name):
         told.append(f"{rest} videos")
-    return f"{cell.mean:.3f}" + (f" ({'; '.join(told)})" if told else "")
+    return f"{cell.mean:.{digits}f}" + (f" ({'; '.join(told)})" if told else "")
 
 
 def _md(text: str) -> str:

@@ -18,9 +18,11 @@ import pytest
 import torch
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
-from pipelines.report import link, render
+from pipelines import tables
+from pipelines.report import _curve, link, render
 from schemas.errors import ErrorCode
 from schemas.rows import ManifestRow, ResultRow
+from support.rows import metric_row
 from vmt_core.metrics.motion import packed
 
 CHROMIUM = shutil.which("chromium")
@@ -137,6 +139,42 @@ def test_links(uri: str | None, output: str, expected: str | None) -> None:
     assert link(uri, output) == expected
 
 
+def test_videos_of_a_run_beside_the_page_are_linked_so_that_both_can_be_moved() -> None:
+    runs = ["/data/a/out", "/elsewhere/out"]
+    assert link("/data/a/out/videos/v.mp4", "/data/a/out/evaluation", "", runs) == "../videos/v.mp4"
+    assert link("/data/a/out/videos/v.mp4", "/data/eval", "", runs) == "../a/out/videos/v.mp4"
+    assert link("/elsewhere/out/v.mp4", "/data/eval", "", runs) == "/elsewhere/out/v.mp4"
+
+
+def test_a_comparison_says_what_its_intervals_are_of_and_what_is_best() -> None:
+    made = [
+        metric_row(method, n, motion=value + 1e-4 * n, seconds=1.0)
+        for method, value in (("none", 0.1), ("fastvmt", 0.1003))
+        for n in range(3)
+    ]
+    lines = tables.compare([*made, metric_row("fastvmt", 7, motion=0.1, seconds=1.0)], "none")
+    page = render([row()], {}, "out", lines=lines)
+    assert "over 4 references, which are few" in page
+    assert 'class="best">0.10030<' in page
+    assert "+0.00030 [+0.00030, +0.00030], 3 pairs" in page
+    assert "motion ↑" in page and "seconds a video (tuning not counted) ↓" in page
+    one = tables.compare([one for one in made if one.reference_digest == "0"], "none")
+    assert "over the videos of one reference" in render([row()], {}, "out", lines=one)
+
+
+def test_what_was_never_measured_can_be_sorted_by_no_more() -> None:
+    data = json.loads(
+        Scripts(render([row() | {"metrics": {"motion": 0.5, "moving": None}}, row()], {}, "out")).scripts[0]
+    )
+    assert data["metrics"] == ["motion"]
+
+
+def test_both_losses_of_a_stage_are_drawn_on_one_scale() -> None:
+    drawn = _curve([(step, 1.0 - 0.1 * step, 0.5 if step == 5 else None) for step in range(11)])
+    assert drawn["range"] == "0.05 to 1"
+    assert drawn["validation"] == "120.0,41.9"
+
+
 def test_a_forbidden_scheme_reaches_the_page_as_text_only() -> None:
     (shown,) = inlined(render([row() | {"video_uri": "javascript:alert(1)"}], {}, "out"))
     assert shown["video"] is None
@@ -218,10 +256,12 @@ def three_groups(output: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def opened(browser: Browser, output: Path, rows: list[dict[str, Any]], **options: Any) -> tuple[Page, list[str]]:
+def opened(
+    browser: Browser, output: Path, rows: list[dict[str, Any]], about: dict[str, Any] | None = None, **options: Any
+) -> tuple[Page, list[str]]:
     """The report in a new tab, and the list that its errors and dialogs go to."""
     (output / "run").mkdir(parents=True, exist_ok=True)
-    (output / "run" / "report.html").write_text(render(rows, SUMMARY, str(output)))
+    (output / "run" / "report.html").write_text(render(rows, SUMMARY | (about or {}), str(output)))
     page = browser.new_context(viewport={"width": 1280, "height": 900}, **options).new_page()
     errors: list[str] = []
     page.on("console", lambda message: errors.append(message.text) if message.type in ("error", "warning") else None)
@@ -361,6 +401,58 @@ def test_twins_say_what_tells_them_apart(browser: Browser, tmp_path: Path) -> No
     expect(page.locator(".differs")).to_have_text(
         [f'run="out/{name}" guidance.inner={inner}' for name in "ab" for inner in (3, 5)]
     )
+    assert errors == []
+
+
+def test_a_group_of_many_shows_the_rest_when_asked(browser: Browser, tmp_path: Path) -> None:
+    fast, *_ = three_groups(tmp_path)
+    twins = [fast | {"method_settings": f'{{"inner":{inner}}}', "sample_id": f"{inner:032x}"} for inner in range(1, 31)]
+    page, errors = opened(browser, tmp_path, twins)
+    expect(page.locator(".card.result")).to_have_count(12)
+    page.get_by_role("button", name="12 more of 30").click()
+    page.get_by_role("button", name="6 more of 30").click()
+    expect(page.locator(".card.result")).to_have_count(30)
+    expect(page.get_by_role("button", name="more of 30")).to_be_hidden()
+    until(page, "[...document.querySelectorAll('video')].every((video) => video.readyState >= 2)")
+    page.fill("#search", '"inner":17')
+    expect(page.locator(".card.result")).to_have_count(1)
+    assert errors == []
+
+
+def test_a_link_can_be_gone_back_from_and_says_if_it_leads_nowhere(browser: Browser, tmp_path: Path) -> None:
+    page, errors = opened(browser, tmp_path, three_groups(tmp_path), {"ok": 50_000})
+    expect(page.locator("#count")).to_contain_text("this page has 9 of 50,000 results")
+    page.get_by_role("link", name="Link").nth(4).click()
+    expect(page.locator(".card.result")).to_have_count(1)
+    page.go_back()
+    expect(page.locator(".card.result")).to_have_count(9)
+    page.evaluate("location.hash = 'f'.repeat(32)")
+    expect(page.locator("#count")).to_contain_text("is not on this page")
+    page.get_by_role("link", name="Failed").click()
+    expect(page.locator("#failures tbody tr")).to_be_in_viewport()
+    assert errors == []
+
+
+def test_a_video_that_could_not_be_measured_is_shown_with_the_reason(browser: Browser, tmp_path: Path) -> None:
+    rows = three_groups(tmp_path)
+    page, errors = opened(browser, tmp_path, [rows[0] | {"fault": "internal: no flow"}, *rows[1:]])
+    card = page.locator(".card.result").first
+    expect(card).to_contain_text("Not measured: internal: no flow")
+    expect(card.locator("video")).to_have_count(1)
+    assert errors == []
+
+
+@pytest.mark.parametrize("height", [SIDE, 2 * SIDE])
+def test_a_box_has_the_shape_of_its_video_at_every_width(browser: Browser, tmp_path: Path, height: int) -> None:
+    """So that tracks lie on it."""
+    rows = [made | {"height": height} for made in three_groups(tmp_path)]
+    page, errors = opened(browser, tmp_path, rows)
+    for width in (1280, 640, 400):
+        page.set_viewport_size({"width": width, "height": 900})
+        ratios = page.evaluate(
+            "[...document.querySelectorAll('.screen:has(video)')].map((box) => box.clientWidth / box.clientHeight)"
+        )
+        assert ratios == pytest.approx([SIDE / height] * len(ratios), rel=0.01)
     assert errors == []
 
 

@@ -8,17 +8,7 @@ import numpy as np
 import pytest
 
 from pipelines import plots, tables
-from schemas import MetricRow
-
-
-def row(method, number, *, settings="{}", run="/out", category="single", status="ok", **values):
-    """The video of a method on the number-th reference."""
-    return MetricRow(
-        sample_id=f"{abs(hash((run, method, settings, number))):032x}"[:32], run=run, status=status, method=method,
-        method_settings=settings, prompt="a red circle", seed=0, category=category, reference_uri=f"/clip{number}.mp4",
-        reference_digest=str(number), model="wan-nano", model_revision="r",
-        **{"pair": str(number), "sampling": '{"steps": 20}', **values},
-    )  # fmt: skip
+from support.rows import metric_row as row
 
 
 def only(lines, label, category=tables.ALL):
@@ -146,10 +136,10 @@ def test_every_format_says_the_same():
     assert [line["method"] for line in table if line["category"] == "all"] == ["none", "follow_your_motion"]
     assert float(table[1]["motion_difference"]) == pytest.approx(0.25)
     assert table[0]["motion_difference"] == ""
-    assert "| follow_your_motion | 4 | 0.400 (+0.250 [+0.250, +0.250])" in tables.to_markdown(lines)
+    assert "| follow_your_motion | 4 | 0.40 (+0.25 [+0.25, +0.25])" in tables.to_markdown(lines)
     latex = tables.to_latex(lines)
-    assert r"follow\_your\_motion & \textbf{0.400} & 2.000" in latex
-    assert r"none & 0.150 & \textbf{1.000}" in latex
+    assert r"follow\_your\_motion & \textbf{0.40} & 2.000" in latex
+    assert r"none & 0.15 & \textbf{1.000}" in latex
     paper = tables.papers_shape(lines)
     assert "*FastVMT, published*" in paper and "0.7471" in paper and "not comparable in absolute terms" in paper
 

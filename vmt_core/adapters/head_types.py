@@ -204,7 +204,7 @@ def picture(types: HeadTypes, cell: int = 18) -> Image:
     split = split + (scores[~spatial].min() if (~spatial).any() else scores.max()) / 2
     strength = ((scores - split).abs() / (scores - split).abs().max().clamp(min=1e-9)).sqrt()
     blue, orange = (38, 99, 190), (224, 117, 20)
-    words = {f"heads 0..{types.heads - 1}": (0, 0, 0), "spatial": blue, "temporal": orange}
+    words = {f"heads 0 to {types.heads - 1}": (0, 0, 0), "spatial": blue, "temporal": orange}
     left, top = 2 * cell, (len(words) + 1) * cell
     image = Image.new("RGB", (left + max(types.heads, 4) * cell + cell, top + types.layers * cell + cell), "white")
     draw = ImageDraw.Draw(image)
