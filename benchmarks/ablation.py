@@ -8,6 +8,7 @@ Prints a Markdown table; the same pairs and seeds for every variant, differences
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -54,19 +55,15 @@ def main() -> None:
     categories = arguments.categories.split(",")
     chosen = transfers.pairs(arguments.pairs, NANO, arguments.first, categories)
     sampling = Sampling(NANO.steps, NANO.shift, NANO.guidance_scale, cfg="batched")
-    known, record = variants(NANO.width // 16), transfers.Record(arguments.record)
+    known, record = variants(NANO.width // 16), transfers.Record(arguments.record, backbone.revision, sampling)
     outcomes = [transfers.Outcome(name) for name in (arguments.variants.split(",") if arguments.variants else known)]
     for start in range(0, len(chosen), arguments.batch):
         part = chosen[start : start + arguments.batch]
         latents = transfers.prepare(backbone, part)
         for one in outcomes:
-            made = record.get(one.name, part[0].seed)
-            if made is None:
-                made = transfers.run(
-                    backbone, reader, known[one.name], sampling, part, latents, name=one.name, batch=len(part)
-                )
-                record.put(part[0].seed, made)
-            one.add(made)
+            method = known[one.name]
+            make = partial(transfers.run, backbone, reader, method, sampling, part, latents, name=one.name)
+            one.add(record.get(one.name, method, part, partial(make, batch=len(part))))
         clips = [[render(pair.reference) for pair in part], *(one.clips[-len(part) :] for one in outcomes[:3])]
         if arguments.sheet and all(map(len, clips)):  # those of a record are gone
             lines = transfers.sheet(list(zip(*clips, strict=True)))
@@ -74,7 +71,10 @@ def main() -> None:
         print(f"\n{start + len(part)} pairs\n\n{transfers.table(outcomes)}", flush=True)
     for category in categories if len(categories) > 1 else ():
         rows = [index for index, pair in enumerate(chosen) if pair.reference.category == category]
-        some = [transfers.Outcome(one.name, [one.rows[row] for row in rows]) for one in outcomes]
+        some = [
+            transfers.Outcome(one.name, [one.rows[row] for row in rows], [one.references[row] for row in rows])
+            for one in outcomes
+        ]
         print(f"\n{category}, {len(rows)} pairs\n\n{transfers.table(some, costs=False)}")
 
 

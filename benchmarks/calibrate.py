@@ -1,7 +1,7 @@
 """Finds wan-nano's preset: which block, temperature, window, span and learning rate transfer motion best without repainting the clip.
 
     python benchmarks/calibrate.py reading --clips 32
-    python benchmarks/calibrate.py transfer --method fastvmt --pairs 16 --record benchmarks/calibration.json
+    python benchmarks/calibrate.py transfer --method fastvmt --pairs 16
 
 `reading` asks only how well attention tells the motion of real clips, which is cheap: for each noise level, block, temperature and window
 the displacement of the tokens on bodies, beside the exact one.
@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--categories", default=",".join(MOTIONS), help="of the references, comma separated, in turn")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--judge", type=Path, default=Path("out/judge.safetensors"), help="trained if it is not there")
-    parser.add_argument("--record", type=Path, default=Path("benchmarks/calibration.json"))
+    parser.add_argument("--record", type=Path, default=Path("out/calibration.json"))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     backbone = Backbone.load(arguments.model)
@@ -153,14 +153,10 @@ def main() -> None:
     latents = transfers.prepare(backbone, chosen)
     sampling = Sampling(NANO.steps, NANO.shift, NANO.guidance_scale, cfg="batched")
     record: dict[str, dict[str, float]] = json.loads(arguments.record.read_text()) if arguments.record.exists() else {}
-    tried: dict[str, str] = {}
 
     def trial(method: str, settings: dict[str, Any]) -> dict[str, float]:
-        key = json.dumps([these, method, settings], sort_keys=True)
         made = METHODS[method](preset="nano", **groups(settings)) if method != "none" else METHODS["none"]()
-        if key not in record and (same := tried.get(repr(made))):  # a value that the preset has anyway
-            record[key] = record[same]
-        tried.setdefault(repr(made), key)
+        key = json.dumps([backbone.revision[:12], these, method, made.settings()], sort_keys=True)
         if key not in record:
             outcome = transfers.run(backbone, reader, made, sampling, chosen, latents)
             record[key] = {name: round(float(outcome.column(name).nanmean()), 4) for name in transfers.MEASURES}

@@ -74,14 +74,14 @@ def main() -> None:
         parser.add_argument(f"--{name}", type=int, help="default: the model's own")
     parser.add_argument("--rows", type=int, default=1, help="videos of a batch")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--checkpoint", default="selective", choices=["none", "selective", "full"])
+    parser.add_argument("--checkpoint", choices=["none", "selective", "full"], help="default: the model's own")
     args = parser.parse_args()
 
     defaults, device = native(args.model), torch.device(args.device)
     height, width = args.height or defaults.height, args.width or defaults.width
     frames, steps = args.frames or defaults.frames, args.steps or defaults.steps
     backbone = load(args.model, device)
-    backbone.checkpoint_policy = args.checkpoint
+    policy = backbone.checkpoint_policy = args.checkpoint or defaults.checkpoint
     config = backbone.transformer.config
     generator = torch.Generator().manual_seed(0)
     latents = torch.randn(16, (frames - 1) // 4 + 1, height // 8, width // 8, generator=generator)
@@ -107,14 +107,14 @@ def main() -> None:
                 memory[name] = max(memory.get(name, 0.0), peak.gib())
 
     base = statistics.median(seconds["none"])
-    plain = flops.video(config, geometry, methods["none"], steps, 5.0)
+    plain = flops.video(config, geometry, methods["none"], steps, 5.0, policy)
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{args.model}, {frames}x{height}x{width} ({geometry.tokens} tokens), {steps} steps, {args.rows} rows, {where}, "
-          f"checkpoint {args.checkpoint}, {args.repeats} repeats, torch {torch.__version__}\n")  # fmt: skip
+          f"checkpoint {policy}, {args.repeats} repeats, torch {torch.__version__}\n")  # fmt: skip
     print("| variant | seconds | ratio | ratio of FLOPs | peak above weights, GiB |\n|---|---|---|---|---|")
     for name, method in methods.items():
         middle = statistics.median(seconds[name])
-        ratio = flops.video(config, geometry, method, steps, 5.0) / plain
+        ratio = flops.video(config, geometry, method, steps, 5.0, policy) / plain
         print(f"| {name} | {middle:.2f} | {middle / base:.2f} | {ratio:.2f} | {memory[name]:.2f} |")
 
 

@@ -64,13 +64,11 @@ def overhead(videos: int) -> None:
     import torch
 
     from pipelines import plan, transfer
-    from pipelines.storage import Storage
     from schemas import PlanSettings, TransferSettings
     from vmt_core import METHODS, Backbone, MotionTransfer, Sampling, video
     from vmt_core.presets import NANO
     from vmt_core.world import MOTIONS, render, sample
 
-    del Storage
     with tempfile.TemporaryDirectory() as folder:
         clips = Path(folder) / "clips"
         clips.mkdir()

@@ -10,8 +10,8 @@ difference to plain sampling on the same reference, prompt and seed, and the 95 
 from __future__ import annotations
 
 import argparse
-import math
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, get_args
@@ -60,10 +60,16 @@ def main() -> None:
     read: dict[str, list[list[float]]] = defaultdict(list)
     centres: dict[str, dict[tuple[Any, ...], float]] = defaultdict(dict)
     paths: dict[str, Tensor] = {}
+    settings: dict[str, tuple[str, str]] = {}
     for run in arguments.run:
         for row in ds.dataset(f"{run}/results", partitioning="hive").to_table().to_pylist():
             if row["status"] != "ok":
                 continue
+            known = settings.setdefault(row["method"], (run, row["method_settings"]))
+            if known != (run, row["method_settings"]):
+                sys.exit(
+                    f"{run}: {row['method']} stands there with several settings, or in several runs; give one run of one setting"
+                )
             size = {name: row[name] for name in ("height", "width", "frames", "fps")}
             clip, before = video.read(row["video_uri"], **size), said(row["caption"])
             (verdict,) = judge.verdicts(reader, [clip], [said(row["prompt"])])
@@ -87,16 +93,12 @@ def main() -> None:
 
 def gain(centres: dict[str, dict[tuple[Any, ...], float]], method: str) -> str:
     """Mean difference to plain sampling over the references, each the mean of its prompts and seeds."""
-    by_reference: dict[str, list[float]] = defaultdict(list)
-    for pair, value in centres[method].items():
-        difference = value - centres["none"].get(pair, math.nan)
-        if method != "none" and not math.isnan(difference):
-            by_reference[pair[0]].append(difference)
-    if not by_reference:
-        return ""
-    means = torch.tensor([sum(values) / len(values) for values in by_reference.values()], dtype=torch.float64)
-    mean, low, high = transfers.interval(means)
-    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}], {len(means)} references"
+    pairs = [pair for pair in centres[method] if method != "none" and pair in centres["none"]]
+    differences = torch.tensor([centres[method][pair] - centres["none"][pair] for pair in pairs], dtype=torch.float64)
+    references = [list(dict.fromkeys(digest for digest, *_ in pairs)).index(digest) for digest, *_ in pairs]
+    mean, low, high = transfers.interval(differences, references)
+    read = {reference for reference, value in zip(references, differences.tolist(), strict=True) if value == value}
+    return f"{mean:+.3f} [{low:+.3f}, {high:+.3f}], {len(read)} references" if read else ""
 
 
 if __name__ == "__main__":

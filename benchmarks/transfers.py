@@ -11,14 +11,16 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from pipelines import tables
 from vmt_core import Backbone, MotionTransfer, Sampling
 from vmt_core.methods import Method
 from vmt_core.metrics.motion import aligned, flow_tracks, of_world, start_points, trajectory_correlation
@@ -45,6 +47,7 @@ class Outcome:
 
     name: str
     rows: list[dict[str, float]] = field(default_factory=list)
+    references: list[int] = field(default_factory=list)  # seed of each row's reference
     clips: list[Tensor] = field(default_factory=list)
     seconds: float = 0.0
     evaluations: int = 0
@@ -55,27 +58,35 @@ class Outcome:
     def add(self, other: Outcome) -> None:
         """Appends what the same method made of further pairs."""
         self.rows += other.rows
+        self.references += other.references
         self.clips += other.clips
         self.seconds += other.seconds
         self.evaluations += other.evaluations
 
 
 class Record:
-    """Outcomes of parts of the work as lines of JSON, without their clips: what is there is not made again."""
+    """Outcomes of parts of the work as lines of JSON, without their clips: what is there is not made again.
 
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
+    Args:
+        common: what decides every outcome: the weights' revision, the sampling, ….
+    """
+
+    def __init__(self, path: Path | None, *common: Any) -> None:
+        self.path, self.common = path, common
         lines = path.read_text().splitlines() if path and path.exists() else []
-        self._known = {(line["name"], line["part"]): Outcome(**line["outcome"]) for line in map(json.loads, lines)}
+        self._known = {line["key"]: Outcome(**line["outcome"]) for line in map(json.loads, lines)}
 
-    def get(self, name: str, part: int) -> Outcome | None:
-        return self._known.get((name, part))
-
-    def put(self, part: int, outcome: Outcome) -> None:
-        if self.path is not None:
-            kept = asdict(replace(outcome, clips=[]))
-            with self.path.open("a") as file:
-                file.write(json.dumps({"name": outcome.name, "part": part, "outcome": kept}) + "\n")
+    def get(self, name: str, settings: Any, part: Sequence[Pair], make: Callable[[], Outcome]) -> Outcome:
+        """The outcome of a method with these settings on these pairs."""
+        key = repr(
+            (*self.common, name, settings, [(pair.seed, pair.reference.seed, pair.wanted.seed) for pair in part])
+        )
+        if key not in self._known:
+            made = self._known[key] = make()
+            if self.path is not None:
+                with self.path.open("a") as file:
+                    file.write(json.dumps({"key": key, "outcome": asdict(replace(made, clips=[]))}) + "\n")
+        return self._known[key]
 
 
 def pairs(number: int, size: Native, first: int = 0, categories: Sequence[str] = tuple(MOTIONS)) -> list[Pair]:
@@ -138,6 +149,7 @@ def run(
             frames = backbone.decode(clip)
             outcome.clips.append(frames)
             outcome.rows.append(measure(judge, chosen[row], frames))
+            outcome.references.append(chosen[row].reference.seed)
     return outcome
 
 
@@ -159,15 +171,13 @@ def measure(judge: Judge, pair: Pair, frames: Tensor) -> dict[str, float]:
     }
 
 
-def interval(values: Tensor, draws: int = 10_000) -> tuple[float, float, float]:
-    """Mean and its 95 % bootstrap interval, over what is not nan; all nan where nothing is known."""
-    known = values[~values.isnan()]
-    if not len(known):
+def interval(values: Tensor, references: Sequence[int], draws: int = 10_000) -> tuple[float, float, float]:
+    """Mean and its 95 % bootstrap interval over references (`tables.interval`), of what is not nan; all nan where nothing is known."""
+    known = ~values.isnan()
+    if not known.any():
         return math.nan, math.nan, math.nan
-    picked = torch.randint(len(known), (draws, len(known)), generator=torch.Generator().manual_seed(0))
-    means = known[picked].mean(1)
-    low, high = means.quantile(torch.tensor([0.025, 0.975], dtype=means.dtype)).tolist()
-    return float(known.mean()), low, high
+    low, high = tables.interval(values[known].numpy(), torch.tensor(references)[known].numpy(), draws)
+    return float(values[known].mean()), low, high
 
 
 def table(outcomes: Sequence[Outcome], costs: bool = True) -> str:
@@ -186,7 +196,8 @@ def table(outcomes: Sequence[Outcome], costs: bool = True) -> str:
 
 
 def _gain(one: Outcome, base: Outcome, measure: str) -> str:
-    return _shown("{:+.3f} [{:+.3f}, {:+.3f}]", *interval(one.column(measure) - base.column(measure)))
+    difference = one.column(measure) - base.column(measure)
+    return _shown("{:+.3f} [{:+.3f}, {:+.3f}]", *interval(difference, one.references))
 
 
 def _shown(form: str, *values: float) -> str:

@@ -14,6 +14,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -120,7 +121,6 @@ def tune(backbone: Backbone, prepared: method.Prepared, settings: FollowYourMoti
 
 def ablation(arguments: argparse.Namespace) -> None:
     """Every variant on the same references and prompts."""
-    torch.set_num_threads(arguments.threads)
     reader = judge.cached(arguments.judge)
     backbone = Backbone.load(arguments.model, dtype=torch.float32)
     backbone.checkpoint_policy = NANO.checkpoint
@@ -131,16 +131,13 @@ def ablation(arguments: argparse.Namespace) -> None:
         for turn, wanted in enumerate(_wanted(one, arguments.prompts))
     ]
     sampling = Sampling(NANO.steps, NANO.shift, NANO.guidance_scale, cfg="batched")
-    record, plain = transfers.Record(arguments.record), transfers.Outcome("none")
-    for one in references:
-        mine = [pair for pair in pairs if pair.reference is one.reference]
-        made = record.get("none", one.seed)
-        if made is None:
-            latents = transfers.prepare(backbone, mine[:1]) * len(mine)
-            made = transfers.run(backbone, reader, METHODS["none"](), sampling, mine, latents)
-            record.put(one.seed, made)
-        plain.add(made)
-    outcomes = [plain]
+    record = transfers.Record(arguments.record, backbone.revision, sampling)
+    parts = [[pair for pair in pairs if pair.reference is one.reference] for one in references]
+    outcomes, none = [transfers.Outcome("none")], METHODS["none"]()
+    for mine in parts:
+        latents = transfers.prepare(backbone, mine[:1]) * len(mine)
+        make = partial(transfers.run, backbone, reader, none, sampling, mine, latents)
+        outcomes[0].add(record.get("none", none, mine, make))
     preset = FollowYourMotion.preset("nano")
     shorter = {
         stage: {"steps": round(getattr(preset, stage).steps * arguments.share)} for stage in ("spatial", "temporal")
@@ -148,14 +145,13 @@ def ablation(arguments: argparse.Namespace) -> None:
     known = variants(FollowYourMotion.preset("nano", **shorter))
     for name in arguments.variants.split(",") if arguments.variants else known:
         outcomes.append(transfers.Outcome(name))
-        for one in references:
-            made = record.get(name, one.seed)
-            if made is None:
-                mine = [pair for pair in pairs if pair.reference is one.reference]
-                made = tuned(backbone, reader, name, known[name], sampling, mine)
-                record.put(one.seed, made)
-            outcomes[-1].add(made)
+        for mine in parts:
+            make = partial(tuned, backbone, reader, name, known[name], sampling, mine)
+            outcomes[-1].add(record.get(name, known[name], mine, make))
         print(transfers.table(outcomes), flush=True)
+    whole = [one for one in outcomes if one.name in known]
+    if len(whole) > 1:
+        print(f"\nAgainst {whole[0].name}\n\n{transfers.table(whole)}")
 
 
 def tuned(
@@ -177,6 +173,7 @@ def tuned(
     outcome.seconds = time.perf_counter() - began
     for pair, latents in zip(pairs, found.latents, strict=True):
         outcome.rows.append(transfers.measure(reader, pair, backbone.decode(latents)))
+        outcome.references.append(scene.seed)
     return outcome
 
 
@@ -196,7 +193,9 @@ def _wanted(pair: transfers.Pair, prompts: int) -> list[Scene]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["steps", "ablation"])
-    parser.add_argument("--model", default="wan-nano")
+    parser.add_argument(
+        "--model", default="wan-nano", help="of `ablation`; 1.3b-random: of `steps`, else two wide blocks"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--height", type=int, default=320)
     parser.add_argument("--width", type=int, default=320)
@@ -210,6 +209,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--judge", type=Path, default=Path("out/judge.safetensors"), help="trained if it is not there")
     arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
     {"steps": steps, "ablation": ablation}[arguments.what](arguments)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,6 +66,11 @@ _PAIR = (
 COLUMNS = tuple(dict.fromkeys((*_COMMON, *_PAIR, *_SECONDS, "error_code", "error_message", "reference_video_uri")))
 
 
+def pair_of(row: Mapping[str, Any]) -> str:
+    """The same for videos that nothing but their method sets apart."""
+    return hashlib.sha256(json.dumps([row[name] for name in _PAIR]).encode()).hexdigest()[:32]
+
+
 def suite_of(settings: EvaluateSettings) -> str:
     """What decides the values: versions of the metrics, and the models; JSON."""
     given = {name: getattr(settings, name) for name in MeasuringSettings.model_fields}
@@ -118,7 +123,7 @@ class Measure:
         seconds = [row[name] for name in _SECONDS if row[name] is not None]
         common = {name: row[name] for name in _COMMON} | {
             "run": self.run,
-            "pair": hashlib.sha256(json.dumps([row[name] for name in _PAIR]).encode()).hexdigest()[:32],
+            "pair": pair_of(row),
             "sampling": json.dumps({name: row[name] for name in _SAMPLING}),
             "seconds": sum(seconds) if seconds else None,
             "suite": suite_of(self.settings),

@@ -1,11 +1,13 @@
 """What tuning does around its trainings; nothing is trained, and no Ray started."""
 
 import json
+import threading
 
 import pytest
 import torch
 
 from pipelines import adapters, prepare, training, transfer, tune
+from pipelines.cluster import RunFailed
 from pipelines.ledger import Ledger
 from pipelines.storage import Storage
 from pipelines.training import folder_of
@@ -57,6 +59,28 @@ def test_a_whole_adapter_without_its_index_row_is_not_trained_again(settings, mo
     assert not storage.exists(checkpoint)
 
 
+def test_what_still_trains_when_another_breaks_is_no_failure_of_its_reference(settings, monkeypatch):
+    """Ray is shut down under it."""
+    began, over = threading.Event(), threading.Event()
+
+    def train(_settings, _storage, row, *, gpus):
+        if row.adapter_id == adapter(0).adapter_id:
+            assert began.wait(30)
+            raise OSError("the disk is full")
+        began.set()
+        assert over.wait(30)
+        raise RowError(ErrorCode.CRASHED, "its workers died")
+
+    monkeypatch.setattr(training, "train_adapter", train)
+    monkeypatch.setattr(tune, "_room", lambda *_, **__: 2)
+    with pytest.raises(RunFailed, match="the disk is full; the same command goes on from there"):
+        tune._train_all(settings, Storage(), [adapter(0), adapter(1)], say=lambda _: None, gpus=False)
+    over.set()
+    for thread in [one for one in threading.enumerate() if one.name.startswith("tune")]:
+        thread.join(30)
+    assert tune.index(Storage(), settings.output) == {}
+
+
 def test_what_another_driver_finished_before_the_lock_was_had_is_not_tuned_again(settings, monkeypatch):
     storage, one = Storage(), adapter()
     held = tune.lock.held
@@ -97,6 +121,20 @@ class FakeData:
     def iter_rows(self):
         fault = {"status": "failed", "error_code": ErrorCode.TRUNCATED, "error_message": "cut off"}
         yield from (values | fault for values in self.rows)
+
+
+@pytest.mark.parametrize(
+    ("change", "other"),
+    [
+        *[({name: 1}, True) for name in ("start_frame", "end_frame", "fps", "height", "width", "frames", "tuning_version")],
+        *[({name: "other"}, True) for name in ("reference_digest", "caption", "model_revision")],
+        *[({name: "other"}, False) for name in ("reference_uri", "model", "category", "adapter_id")],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_prepared_reference_is_that_of_all_that_it_was_made_of(change, other):
+    one = adapter()
+    assert (prepare.place("out", one.model_copy(update=change)) != prepare.place("out", one)) == other
 
 
 def test_a_reference_is_prepared_once_for_all_adapters_on_it_and_fails_for_all(settings, monkeypatch):

@@ -54,6 +54,29 @@ def test_a_constant_margin_has_an_interval_of_no_width_and_noise_one_around_zero
     assert b.difference_low < 0 < b.difference_high
 
 
+def test_many_videos_of_a_reference_make_no_interval_narrower():
+    """Prompts and seeds of one clip are alike."""
+    values = np.random.default_rng(0).normal(size=12)
+    one, five = (
+        only(
+            tables.compare(
+                [
+                    row(method, n, pair=f"{n} {prompt}", motion=scale * float(value))
+                    for method, scale in (("none", 1.0), ("fastvmt", 2.0))
+                    for n, value in enumerate(values)
+                    for prompt in range(prompts)
+                ],
+                "none",
+            ),
+            "fastvmt",
+        ).cells["motion"]
+        for prompts in (1, 5)
+    )
+    assert (five.count, five.references, five.pairs) == (60, 12, 60)
+    assert (one.low, one.high) == pytest.approx((five.low, five.high))
+    assert (one.difference_low, one.difference_high) == pytest.approx((five.difference_low, five.difference_high))
+
+
 def test_failed_rows_are_counted_and_not_measured():
     rows = [row("none", 0, motion=0.5), row("none", 1, status="failed", error_code="crashed")]
     line = only(tables.compare(rows, "none"), "none")

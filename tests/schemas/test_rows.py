@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from schemas import AdapterRow, ErrorCode, ManifestRow, Reference, ResultRow, sample_id
-from schemas.rows import NOT_DECISIVE
+from schemas.rows import NOT_DECISIVE, adapter_id
 
 TEXT = st.text(max_size=40)
 VALUES = st.fixed_dictionaries(
@@ -112,6 +112,18 @@ ADAPTER = {
     "method": "follow_your_motion", "tuning": "{}", "reference_uri": "a.mp4", "reference_digest": "d", "start_frame": 0, "fps": 12.0,
     "height": 64, "width": 64, "frames": 9, "caption": "a ball", "model": "m", "model_revision": "r", "tuning_version": 1,
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(set(AdapterRow.model_fields) - {"adapter_id"}))
+def test_an_adapters_id_follows_from_what_decides_its_training_and_nothing_else(name):
+    values = AdapterRow.planned(**ADAPTER).model_dump()
+    decisive = name in set(ADAPTER) - {"reference_uri", "model"} | {"end_frame"}
+    assert (adapter_id(values | {name: "other"}) != adapter_id(values)) == decisive
+
+
+def test_the_id_of_an_adapter_never_changes():
+    """Hours of training are found by it."""
+    assert AdapterRow.planned(**ADAPTER).adapter_id == "187c54a5e473cc4be66118aca93d34fd"
 
 
 @pytest.mark.parametrize("name", ["reference_uri", "caption", "category"])
