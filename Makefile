@@ -29,8 +29,10 @@ demo: venv
 
 # What starts no Ray runs two files at a time; Ray's many processes want the machine for themselves.
 test: venv
-	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/jobs --ignore tests/chaos
-	$(BIN)/python -m pytest tests/jobs tests/chaos
+	failed=0; \
+	$(BIN)/python -m pytest -n 2 --dist loadfile --ignore tests/jobs --ignore tests/chaos || failed=1; \
+	$(BIN)/python -m pytest tests/jobs tests/chaos || failed=1; \
+	exit $$failed
 
 lint: venv
 	$(BIN)/ruff check .

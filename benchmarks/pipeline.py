@@ -60,7 +60,7 @@ def rows(counts: list[int], per_block: int) -> None:
 
 
 def overhead(videos: int) -> None:
-    """A run with one actor of each kind against the same rows in one process of as many threads as the actors have together."""
+    """A run with one actor of each kind, of one thread each, against the same rows in one process of one thread."""
     import torch
 
     from pipelines import plan, transfer

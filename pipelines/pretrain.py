@@ -170,6 +170,9 @@ def _stage(settings: PretrainSettings, storage: Storage, work: Path) -> VaeStage
             users = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
             cache = Path(settings.cache or users / "vmt" / "latents")
             stage = DitStage(vae, cache, settings.seed, helpers=helpers)
+            stage.pool.first = max(
+                1, round(stage.pool.first * min(1.0, settings.steps_scale))
+            )  # a short run sees few clips
             if settings.start:
                 stage.start_from(Path(settings.start))
     stage.phases = loop.scaled(stage.phases, settings.steps_scale)

@@ -1,5 +1,6 @@
 """Fixtures of all tests: a throwaway S3 server."""
 
+import os
 import uuid
 
 import pytest
@@ -9,6 +10,15 @@ from support.s3 import CREDENTIALS, REGION, make_bucket, moto_server
 
 settings.register_profile("vmt", deadline=None, max_examples=50, derandomize=True)
 settings.load_profile("vmt")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _nobodys_environment():
+    """Settings and clusters of who runs the tests are not theirs."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name in [name for name in os.environ if name.startswith("VMT_")] + ["RAY_ADDRESS", "AWS_PROFILE"]:
+            environment.delenv(name, raising=False)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -28,7 +28,7 @@ def prompts(tmp_path_factory):
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small(model):
     """Flags of a plan that the tiny model runs in a second."""
     return ["--model", model, "--preset", "nano", "--height", 64, "--width", 64, "--frames", 9, "--steps", 3]

@@ -45,7 +45,7 @@ def test_a_folder_of_clips_with_prompts_is_planned_tuned_made_and_compared(model
     assert {line["category"] for line in table} == {"all"}
     page = (tmp_path / "out" / "report.html").read_text()
     assert "<h2>Methods</h2>" in page and "<svg" in page
-    assert "<h2>Adapters</h2>" in page and "Loss of the temporal stage" in page
+    assert "<h2>Adapters (1)</h2>" in page and "Loss of the temporal stage" in page
     baseline, tuned = (page.index(f"videos/method={method}") for method in ("none", "follow_your_motion"))
     assert baseline < tuned  # what others are compared to is first
     assert "videos/method=none" in page and "../videos" not in page

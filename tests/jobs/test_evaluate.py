@@ -5,7 +5,6 @@ import csv
 import hashlib
 import json
 import os
-import shutil
 
 import pyarrow.parquet as pq
 import pytest
@@ -21,7 +20,7 @@ from vmt_core.world import render, sample
 
 @pytest.fixture(scope="module")
 def run(model, tmp_path_factory):
-    """A run of 2 procedural clips x 1 prompt x 2 methods."""
+    """A run of 2 procedural clips x 2 seeds x 2 methods."""
     folder = tmp_path_factory.mktemp("evaluate")
     (folder / "world").mkdir()
     for seed in (19, 39):
@@ -30,8 +29,8 @@ def run(model, tmp_path_factory):
         video.write(folder / "world" / f"{seed}.mp4", render(scene), scene.fps, tags=tags)
     (folder / "prompts.txt").write_text("a red circle\n")
     code, text = jobs.here(
-        "plan", "--references", folder / "world", "--prompts", folder / "prompts.txt", "--methods", "none,fastvmt", "--model", model,
-        "--preset", "nano", "--height", 64, "--width", 64, "--frames", 9, "--steps", 2, "--output", folder / "manifest",
+        "plan", "--references", folder / "world", "--prompts", folder / "prompts.txt", "--methods", "none,fastvmt", "--seeds", "0,1",
+        "--model", model, "--preset", "nano", "--height", 64, "--width", 64, "--frames", 9, "--steps", 2, "--output", folder / "manifest",
     )  # fmt: skip
     assert code == 0, text
     code, text = jobs.run("transfer", "--manifest", folder / "manifest", "--model", model, "--output", folder / "out")
@@ -42,35 +41,6 @@ def run(model, tmp_path_factory):
 def rows(output, **models):
     folder = measure.folder_of(EvaluateSettings(run=["x"], output=str(output), **models))
     return [MetricRow.model_validate(row) for row in pq.read_table(folder, partitioning=None).to_pylist()]
-
-
-def test_every_video_is_measured_once_against_exact_motion(run, tmp_path):
-    code, text = jobs.run("evaluate", "--run", run, "--output", tmp_path / "eval", "--measure.actors", 1)
-    assert code == 0, text
-    assert "4 results, 0 measured before, 4 to measure now" in text
-    assert "text_similarity: not measured (no CLIP was given)" in text
-    found = rows(tmp_path / "eval")
-    assert len(found) == 4
-    assert pq.read_table(tmp_path / "eval" / "metrics").num_rows == 4  # its folders' names are columns, too
-    assert all({"model_revision", "video_version"} <= set(json.loads(row.sampling)) for row in found)
-    assert all(row.exact and row.status == "ok" and row.smoothness is not None for row in found)
-    assert all(row.text_similarity is None for row in found)
-    table = list(csv.DictReader((tmp_path / "eval" / "categories.csv").open()))
-    assert [line["method"] for line in table if line["category"] == "all"] == ["none", "fastvmt"]
-    assert all(len(base64.b64decode(row.tracks)) == len(base64.b64decode(row.reference_tracks)) > 0 for row in found)
-    page = (tmp_path / "eval" / "report.html").read_text()
-    assert "<h2>Methods</h2>" in page and found[0].sample_id in page and found[0].tracks in page
-    for name in ("comparison.md", "comparison.tex", "comparison.parquet", "paper.md", "run/summary.json"):
-        assert (tmp_path / "eval" / name).stat().st_size
-    code, text = jobs.here("evaluate", "--run", run, "--output", tmp_path / "eval")
-    assert code == 0
-    assert "4 measured before, 0 to measure now" in text
-
-
-def test_a_run_without_results_is_refused(tmp_path):
-    code, text = jobs.here("evaluate", "--run", tmp_path, "--output", tmp_path / "eval")
-    assert code == 2
-    assert f"--run {tmp_path}: has no results; make some with jobs/transfer.py" in text
 
 
 KILLER = """
@@ -92,17 +62,13 @@ class CoTrackerPredictor(torch.nn.Module):
 """
 
 
-def test_missing_truncated_and_deadly_videos_are_counted_and_the_rest_goes_on(run, tmp_path):
-    shutil.copytree(run, tmp_path / "out")
-    for path in (tmp_path / "out" / "results").rglob("*.parquet"):
-        table = pq.read_table(path, partitioning=None)
-        uris = [uri.replace(str(run), str(tmp_path / "out")) for uri in table["video_uri"].to_pylist()]
-        table = table.set_column(table.schema.get_field_index("video_uri"), "video_uri", [uris])
-        pq.write_table(table, path)
-    missing, truncated = sorted((tmp_path / "out" / "videos" / "method=none").glob("*.mp4"))
+def test_sound_videos_are_measured_against_exact_motion_and_missing_truncated_and_deadly_ones_are_counted(
+    run, tmp_path
+):
+    missing, truncated, *_ = sorted((run / "videos" / "method=none").glob("*.mp4"))
     missing.unlink()
     truncated.write_bytes(truncated.read_bytes()[:200])
-    deadly, sound = sorted((tmp_path / "out" / "videos" / "method=fastvmt").glob("*.mp4"))
+    deadly, *_ = sorted((run / "videos" / "method=fastvmt").glob("*.mp4"))
     (tmp_path / "code" / "cotracker").mkdir(parents=True)
     (tmp_path / "code" / "cotracker" / "predictor.py").write_text(KILLER)
     weights = str(tmp_path / "weights.safetensors")
@@ -112,17 +78,36 @@ def test_missing_truncated_and_deadly_videos_are_counted_and_the_rest_goes_on(ru
         "PYTHONPATH": os.pathsep.join([str(jobs.ROOT), str(tmp_path / "code")]),
         "VMT_TEST_DEADLY": hashlib.sha256(frames.numpy().tobytes()).hexdigest(),
     }
-    code, text = jobs.run(
-        "evaluate", "--run", tmp_path / "out", "--output", tmp_path / "eval", "--measure.actors", 1, "--cotracker", weights,
-        env=environment,
-    )  # fmt: skip
+    command = ["evaluate", "--run", run, "--output", tmp_path / "eval", "--measure.actors", 1, "--cotracker", weights]
+    code, text = jobs.run(*command, env=environment)
     assert code == 3, text
-    assert {row.sample_id: row.error_code for row in rows(tmp_path / "eval", cotracker=weights)} == {
+    assert "8 results, 0 measured before, 8 to measure now" in text
+    assert "text_similarity: not measured (no CLIP was given)" in text
+    assert "3 without metrics" in text and "crashed 1" in text
+    summary = json.loads((tmp_path / "eval" / "run" / "summary.json").read_text())
+    assert (summary["results"], summary["measured"], summary["failed"]) == (8, 5, 3)
+    found = rows(tmp_path / "eval", cotracker=weights)
+    assert {row.sample_id: row.error_code for row in found if row.status == "failed"} == {
         missing.stem: "reference_missing",
         truncated.stem: "no_video_stream",
         deadly.stem: "crashed",
-        sound.stem: None,
     }
-    assert "3 without metrics" in text and "crashed 1" in text
-    summary = json.loads((tmp_path / "eval" / "run" / "summary.json").read_text())
-    assert (summary["results"], summary["measured"], summary["failed"]) == (4, 1, 3)
+    assert len(found) == 8
+    assert pq.read_table(tmp_path / "eval" / "metrics").num_rows == 8  # its folders' names are columns, too
+    assert all({"model_revision", "video_version"} <= set(json.loads(row.sampling)) for row in found)
+    sound = [row for row in found if row.status == "ok"]
+    assert all(row.exact and row.smoothness is not None and row.text_similarity is None for row in sound)
+    assert all(len(base64.b64decode(row.tracks)) == len(base64.b64decode(row.reference_tracks)) > 0 for row in sound)
+    table = list(csv.DictReader((tmp_path / "eval" / "categories.csv").open()))
+    assert [line["method"] for line in table if line["category"] == "all"] == ["none", "fastvmt"]
+    page = (tmp_path / "eval" / "report.html").read_text()
+    assert "<h2>Methods</h2>" in page and sound[0].sample_id in page and sound[0].tracks in page
+    assert "crashed: " in page  # beside the video, which is there
+    for name in ("comparison.md", "comparison.tex", "comparison.parquet", "paper.md", "run/summary.json"):
+        assert (tmp_path / "eval" / name).stat().st_size
+
+
+def test_a_run_without_results_is_refused(tmp_path):
+    code, text = jobs.here("evaluate", "--run", tmp_path, "--output", tmp_path / "eval")
+    assert code == 2
+    assert f"--run {tmp_path}: has no results; make some with jobs/transfer.py" in text

@@ -58,7 +58,7 @@ def test_the_same_plan_twice_is_the_same_manifest(settings):
 
 
 def test_the_command_prints_counts_and_an_estimate(model, clips, prompts, tmp_path, small):
-    code, text = jobs.run(
+    code, text = jobs.here(
         "plan", "--references", clips, "--prompts", prompts, "--methods", "fastvmt,ditflow", "--seeds", "0,1",
         "--output", tmp_path / "m", *small,
     )  # fmt: skip

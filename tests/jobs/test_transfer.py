@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -14,43 +15,63 @@ import av
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
 from pipelines.storage import Storage, sha256
 from schemas import LimitSettings, sample_id
 from support import jobs
 from support.clips import BAD, clip
 from support.fault_proxy import FaultProxy, Rule
-from vmt_core import video
+from vmt_core import METHODS, Backbone, MotionTransfer, Sampling, video
 
 FAST = ["--progress-s", 2]
 
 
-@pytest.fixture
-def source(clips, prompts, tmp_path, small):
-    """A manifest of 2 clips x 2 prompts x 3 methods."""
+@pytest.fixture(scope="module")
+def made(clips, model, small, tmp_path_factory):
+    """(manifest, output, what the run printed) of 2 clips x 2 seeds x 3 methods."""
+    folder = tmp_path_factory.mktemp("transfer")
+    (folder / "prompts.txt").write_text("a yellow star at night\n")
     code, text = jobs.here(
-        "plan", "--references", clips, "--prompts", prompts, "--methods", "fastvmt,ditflow,none", "--seeds", "0",
-        "--output", tmp_path / "manifest", *small,
+        "plan", "--references", clips, "--prompts", folder / "prompts.txt", "--methods", "fastvmt,ditflow,none", "--seeds", "0,1",
+        "--negative-prompt", "blurred", "--output", folder / "manifest", *small,
     )  # fmt: skip
     assert code == 0, text
-    return tmp_path / "manifest"
+    code, text = jobs.run(
+        "transfer", "--manifest", folder / "manifest", "--model", model, "--output", folder / "one", "--transfer.batch-rows", 4, *FAST
+    )  # fmt: skip
+    assert code == 0, text
+    return folder / "manifest", folder / "one", text
 
 
-def test_a_manifest_becomes_videos_that_are_the_same_whatever_the_batches_and_the_actors(source, model, tmp_path):
-    for output, flags in {
-        "one": ["--transfer.batch-rows", 4],
-        "three": ["--transfer.batch-rows", 1, "--transfer.actors", 3],
-    }.items():
-        code, text = jobs.run(
-            "transfer", "--manifest", source, "--model", model, "--output", tmp_path / output, *flags, *FAST
+def test_a_row_is_the_video_that_the_core_makes_of_it(made, model, tmp_path):
+    rows = {(row.method, row.seed): row for row in jobs.results(made[1]) if row.reference_uri.endswith("line.mp4")}
+    backbone = Backbone.load(model, dtype=getattr(torch, rows["none", 0].dtype))
+
+    def seen(uri):
+        return video.read(uri, height=64, width=64, frames=9, fps=12).float()
+
+    for method in ("fastvmt", "ditflow", "none"):
+        row = rows[method, 1]
+        core = MotionTransfer(
+            backbone,
+            METHODS[method](**json.loads(row.method_settings)),
+            Sampling(row.steps, row.shift, row.guidance_scale),
         )
-        assert code == 0, text
-        assert "12 selected = 12 ok + 0 failed + 0 left" in text
-    one, three = ({row.sample_id: row for row in jobs.results(tmp_path / output)} for output in ("one", "three"))
+        (frames,) = core.transfer(core.prepare(seen(row.reference_uri).byte()), [row.prompt], [1], "blurred")
+        video.write(tmp_path / "core.mp4", frames, row.fps)
+        wanted = seen(tmp_path / "core.mp4")
+        assert (seen(row.video_uri) - wanted).abs().mean() < 0.5
+        assert (seen(rows[method, 0].video_uri) - wanted).abs().mean() > 5  # the other seed
+
+
+def test_a_manifest_becomes_videos_that_are_accounted_for(made, model):
+    source, output, text = made
+    assert "12 selected = 12 ok + 0 failed + 0 left" in text
+    one = {row.sample_id: row for row in jobs.results(output)}
     assert len(one) == 12
-    assert {row.video_sha256 for row in one.values()} == {row.video_sha256 for row in three.values()}
     for row in one.values():
-        assert row.video_sha256 == three[row.sample_id].video_sha256 == sha256(row.video_uri)
+        assert row.video_sha256 == sha256(row.video_uri)
         assert row.video_bytes == Path(row.video_uri).stat().st_size
         info = video.probe(row.video_uri, LimitSettings())
         assert (info.frames, info.width, info.height, info.fps) == (9, 64, 64, 12)
@@ -62,20 +83,20 @@ def test_a_manifest_becomes_videos_that_are_the_same_whatever_the_batches_and_th
         assert row.evaluations == {"fastvmt": 8, "ditflow": 10, "none": 0}[row.method]
         assert min(row.seconds_encode, row.seconds_transfer, row.seconds_finish) >= 0
         assert json.loads(row.versions)["torch"]
-    assert len(list((tmp_path / "one" / "references").glob("*.mp4"))) == 2
+    assert len(list((output / "references").glob("*.mp4"))) == 2
 
-    summary = json.loads((tmp_path / "one/run/summary.json").read_text())
+    summary = json.loads((output / "run/summary.json").read_text())
     assert (summary["selected"], summary["ok"], summary["failed"], summary["left"]) == (12, 12, 0, 0)
     assert summary["denoiser_calls"] == 72
     assert set(summary["seconds_by_stage"]) == {"encode", "transfer", "finish"}
-    page = (tmp_path / "one/run/report.html").read_text()
+    page = (output / "run/report.html").read_text()
     assert "a yellow star at night" in page
-    assert json.loads((tmp_path / "one/run/settings.json").read_text())["transfer"]["batch_rows"] == 4
+    assert json.loads((output / "run/settings.json").read_text())["transfer"]["batch_rows"] == 4
 
-    code, text = jobs.here("transfer", "--manifest", source, "--model", model, "--output", tmp_path / "one")
+    code, text = jobs.here("transfer", "--manifest", source, "--model", model, "--output", output)
     assert code == 0
     assert "nothing was left to make" in text
-    some = ["--manifest", source, "--model", model, "--output", tmp_path / "one", "--samples"]
+    some = ["--manifest", source, "--model", model, "--output", output, "--samples"]
     code, text = jobs.here("transfer", *some, ",".join([*one][:2]))
     assert code == 0
     assert "2 selected = 2 ok" in text
@@ -206,34 +227,47 @@ def test_wrong_models_outputs_and_manifests_are_refused_before_the_run(model, tm
     refused(["--manifest", source, "--model", model, "--output", tmp_path / "file"], "cannot be written")
 
 
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
 @pytest.fixture
 def cluster():
     """Environment of a client of a head node with one (logical) GPU, which ends with the test, and nothing else with it."""
-    bin = Path(sys.executable).parent
+    bin, port, dashboard, agent = Path(sys.executable).parent, free_port(), free_port(), free_port()
     env = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}", "RAY_AUTH_MODE": "disabled"}
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # Ray's sockets need a short path
     head = subprocess.Popen(
-        [bin / "ray", "start", "--head", "--block", "--port=6391", "--dashboard-port=8291", "--num-cpus=8", "--num-gpus=1",
-         "--dashboard-agent-listen-port=8292", "--disable-usage-stats", f"--temp-dir={folder}"],
+        [bin / "ray", "start", "--head", "--block", f"--port={port}", f"--dashboard-port={dashboard}", "--num-cpus=10", "--num-gpus=1",
+         f"--dashboard-agent-listen-port={agent}", "--disable-usage-stats", f"--temp-dir={folder}"],
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=env, start_new_session=True,
     )  # fmt: skip
-    yield env | {"RAY_ADDRESS": "http://127.0.0.1:8291"}
+    yield env | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
     jobs.kill(head)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def test_as_a_submitted_job_on_a_running_cluster(source, model, tmp_path, cluster):
-    """`ray job submit --working-dir . -- python jobs/transfer.py …`, three stages on one GPU."""
+def test_as_a_submitted_job_on_a_running_cluster_the_same_videos_come_out_of_other_batches_and_actors(
+    made, model, tmp_path, cluster
+):
+    """`ray job submit --working-dir . -- python jobs/transfer.py …`, three stages on one GPU, three actors."""
     command = [
-        "ray", "job", "submit", "--working-dir", ".", "--", "python", "jobs/transfer.py", "--manifest", source, "--model", model,
-        "--output", tmp_path / "out", "--limit", "3", "--device", "cpu",
-        "--encode.gpus", "0.25", "--transfer.gpus", "0.5", "--finish.gpus", "0.25",
+        "ray", "job", "submit", "--working-dir", ".", "--", "python", "jobs/transfer.py", "--manifest", made[0], "--model", model,
+        "--output", tmp_path / "out", "--limit", "10", "--device", "cpu", "--transfer.batch-rows", "1", "--transfer.actors", "3",
+        "--encode.gpus", "0.25", "--transfer.gpus", "0.2", "--finish.gpus", "0.15",
     ]  # fmt: skip
+    command = [*map(str, command)]
     for _ in range(20):
         done = subprocess.run(command, cwd=jobs.ROOT, env=cluster, capture_output=True, text=True, timeout=600)
         if done.returncode == 0 or not re.search("No available agent|Failed to connect|refused", done.stderr):
             break
         time.sleep(2)  # the head node is starting
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "12 selected = 3 ok + 0 failed + 9 left" in done.stdout
-    assert len(jobs.videos(tmp_path / "out")) == 3
+    assert "12 selected = 10 ok + 0 failed + 2 left" in done.stdout
+    one, other = (
+        {row.sample_id: row.video_sha256 for row in jobs.results(output)} for output in (made[1], tmp_path / "out")
+    )
+    assert len(other) == len(jobs.videos(tmp_path / "out")) == 10
+    assert other.items() <= one.items()

@@ -5,8 +5,8 @@ import pytest
 
 from pipelines import tracker
 from pipelines.stage import STATE, Cache, Stage, begin
-from pipelines.stages import reference_key
-from schemas import ManifestRow
+from pipelines.stages import Transfer, reference_key
+from schemas import ManifestRow, TransferSettings
 from support.jobs import row
 from vmt_core.faults import device_is_broken, out_of_memory
 
@@ -45,6 +45,23 @@ def test_a_reference_is_what_the_model_sees_of_a_clip(change):
     plain, other = row("a").model_dump(), row("a", **change).model_dump()
     assert reference_key(plain) != reference_key(other)
     assert reference_key(plain) == reference_key(row("b", seed=3, reference_uri="/elsewhere.mp4").model_dump())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "float32"}, {"method": "fastvmt"}, {"method_settings": '{"a":1}'}, {"adapter_id": "0" * 32}, {"height": 80},
+        {"width": 80}, {"frames": 9}, {"steps": 3}, {"shift": 4.0}, {"guidance_scale": 2.0},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_only_rows_that_are_sampled_alike_are_denoised_together(change):
+    stage = Transfer.__new__(Transfer)
+    stage.settings = TransferSettings(manifest="m", output="o")
+    rows = [one.model_dump() for one in (row("a"), row("b", seed=1, negative_prompt="c"), row("a", **change))]
+    assert stage.groups(rows) == [rows[:2], rows[2:]]
+    stage.settings = TransferSettings(manifest="m", output="o", transfer={"batch_rows": 1})
+    assert stage.groups(rows) == [[one] for one in rows]
 
 
 def test_manifest_rows_become_the_state_that_travels():

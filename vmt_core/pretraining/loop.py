@@ -179,9 +179,15 @@ def learning_rate(phases: tuple[Phase, ...], step: int) -> float:
 
 
 def scaled(phases: tuple[Phase, ...], factor: float) -> tuple[Phase, ...]:
-    """The same phases with fewer or more steps."""
+    """The same phases with fewer or more steps; with fewer, less came before, too."""
+    less = min(1.0, factor)
     return tuple(
-        replace(phase, steps=max(1, round(phase.steps * factor)), warmup=max(1, round(phase.warmup * min(1.0, factor))))
+        replace(
+            phase,
+            steps=max(1, round(phase.steps * factor)),
+            warmup=max(1, round(phase.warmup * less)),
+            before=round(phase.before * less),
+        )
         for phase in phases
     )
 

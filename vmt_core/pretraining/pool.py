@@ -48,6 +48,7 @@ class LatentPool:
         self.vae, self.helpers = vae.eval().requires_grad_(False), helpers or Helpers()
         self.device = next(vae.parameters()).device
         self.most = MOST_SHARDS if self.device.type == "cpu" else MOST_GPU_SHARDS
+        self.first = FIRST_SHARDS
         self.cache = cache / _identity(vae)
         self.shards: dict[tuple[Size, int], dict[str, Tensor]] = {}
         self._rendered: dict[Size, Ahead[_Rendered]] = {}
@@ -61,7 +62,7 @@ class LatentPool:
             step: since clips of this size are trained on.
             renew: steps after which a shard is added.
         """
-        newest = FIRST_SHARDS + step // renew
+        newest = self.first + step // renew
         oldest = max(0, newest - self.most)
         self._forget(size, oldest)
         picked = [(random.randrange(oldest, newest), random.randrange(CLIPS_A_SHARD)) for _ in range(count)]

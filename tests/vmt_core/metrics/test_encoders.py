@@ -5,9 +5,8 @@ import json
 import pytest
 import torch
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.nn.functional import normalize
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, PreTrainedTokenizerFast, ViTConfig, ViTModel
+from transformers import CLIPImageProcessor
 
 from vmt_core.metrics.encoders import (
     AestheticHead,
@@ -46,26 +45,6 @@ def frames():
     return torch.randint(0, 256, (5, 3, 48, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("clip")
-    torch.manual_seed(0)
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPConfig(
-        text_config={**small, "vocab_size": 50, "max_position_embeddings": 16, "eos_token_id": 1, "bos_token_id": 0},
-        vision_config={**small, "image_size": 32, "patch_size": 8},
-        projection_dim=24,
-    )
-    CLIPModel(config).save_pretrained(path)
-    vocabulary = {word: index for index, word in enumerate(["<s>", "</s>", "<unk>", "red", "blue", "circle"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
-    ).save_pretrained(path)
-    return str(path)
-
-
 def test_clip_features_are_those_of_the_model(clip_folder, frames):
     clip = Clip(clip_folder)
     images = clip.images(frames)
@@ -83,13 +62,8 @@ def test_clip_features_are_those_of_the_model(clip_folder, frames):
     assert torch.allclose(images[2:3], clip.images(frames[2:3]), atol=1e-5)
 
 
-def test_dino_takes_frames_that_are_not_square(tmp_path, frames):
-    torch.manual_seed(0)
-    config = ViTConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
-    )
-    ViTModel(config, add_pooling_layer=False).save_pretrained(tmp_path)
-    dino = Dino(str(tmp_path))
+def test_dino_takes_frames_that_are_not_square(dino_folder, frames):
+    dino = Dino(dino_folder)
     images = dino.images(frames)
     assert images.shape == (5, 32)
     assert torch.allclose(images.norm(dim=-1), torch.ones(5), atol=1e-5)

@@ -4,8 +4,9 @@ import math
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from vmt_core.metrics import leak
+from vmt_core.metrics import encoders, leak
 from vmt_core.metrics.suite import CORE, MODELS, NON_COMMERCIAL, Reference, Suite, Video
 from vmt_core.world import appearance, render, sample
 
@@ -46,6 +47,25 @@ def test_what_is_undefined_or_raises_is_absent_with_the_reason(scene):
     values, reasons = Suite().measure(Video(still[:2], Reference(still[:2]), ""))
     assert "needs at least 3" in reasons["smoothness"]
     assert values["background_leak"] == pytest.approx(1.0)
+
+
+def test_each_metric_of_a_model_is_that_of_its_own_features(scene, clip_folder, dino_folder, tmp_path):
+    save_file({"weight": torch.randn(1, 24), "bias": torch.ones(1)}, tmp_path / "head.safetensors")
+    clip, dino = encoders.Clip(clip_folder), encoders.Dino(dino_folder)
+    head = encoders.AestheticHead(tmp_path / "head.safetensors")
+    frames = torch.randint(0, 256, (5, 3, 48, 80), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    video = Video(frames, Reference(frames), "red circle")
+    values, reasons = Suite(clip=clip, dino=dino, aesthetic_clip=clip, aesthetic_head=head).measure(video)
+    assert not reasons.keys() & MODELS.keys()
+    plain, vbench = clip.images(frames), clip.images(frames, antialias=False)
+    assert {name: values[name] for name in MODELS} == {
+        "text_similarity": encoders.text_similarity(plain, clip.text("red circle")),
+        "temporal_consistency": encoders.temporal_consistency(plain),
+        "subject_consistency": encoders.vbench_consistency(dino.images(frames)),
+        "background_consistency": encoders.vbench_consistency(vbench),
+        "aesthetic_quality": head.score(vbench),
+    }
+    assert len({round(values[name], 6) for name in MODELS}) == len(MODELS)
 
 
 class Raises:
