@@ -49,9 +49,13 @@ def held(storage: Storage, uri: str, *, renew_s: float = RENEW_S) -> Iterator[No
             with contextlib.suppress(OSError):  # the next beat may get through; others wait for several
                 if _owner(storage, uri).get("token") != mine["token"]:
                     lost.set()
-                    os.kill(os.getpid(), signal.SIGINT)  # wakes the main thread wherever it waits
-                    return
+                    break
                 storage.write(uri, _beat(mine))
+        while not stop.is_set():
+            os.kill(os.getpid(), signal.SIGINT)  # wakes the main thread wherever it waits
+            stop.wait(
+                12 * renew_s
+            )  # again, as an interruption of a finalizer is lost; late, as what ends by it takes its time
 
     thread = threading.Thread(target=renew, daemon=True, name="lock")
     thread.start()

@@ -82,6 +82,21 @@ def test_a_reused_process_id_does_not_look_alive(uri):
         pass
 
 
+@pytest.mark.timeout(60)
+def test_a_run_whose_interruption_gets_lost_is_interrupted_again(uri):
+    """In a finalizer Python reports an exception, and goes on."""
+    interrupted = []
+    with pytest.raises(RunFailed, match="took this output over"), lock.held(Storage(), uri, renew_s=FAST):
+        while True:
+            stale(uri)
+            try:
+                threading.Event().wait(2)
+            except KeyboardInterrupt:
+                interrupted.append(True)
+                if len(interrupted) == 2:
+                    raise
+
+
 def test_a_run_that_slept_and_lost_the_lock_stops_wherever_it_waits(uri):
     began = time.monotonic()
     with pytest.raises(RunFailed, match="took this output over"), lock.held(Storage(), uri, renew_s=FAST):
