@@ -112,6 +112,9 @@ def use(transformer: WanTransformer3DModel, scales: dict[str, float]) -> None:
 @contextmanager
 def switched_off(transformer: WanTransformer3DModel) -> Iterator[None]:
     """Within it no adapter is active or trainable; what was so before, a training under way above all, is so again afterwards."""
+    if not getattr(transformer, "peft_config", None):
+        yield
+        return
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = (layer for layer in transformer.modules() if isinstance(layer, BaseTunerLayer))
