@@ -229,7 +229,7 @@ def test_transfer_says_where_adapters_come_from(tuned, model, captioned, prompts
 def test_one_command_tunes_and_transfers_on_s3(model, clips, prompts, bucket, tmp_path):
     table = tmp_path / "references.csv"
     table.write_text(f"uri,caption\n{clips / 'line.mp4'},a red circle\n")
-    adapter = {"tuning": {"rank": 2, "spatial": {"steps": 1}, "temporal": {"steps": 1}}}
+    adapter = {"tuning": {"rank": 2, "spatial": {"steps": 1, "draws": 2}, "temporal": {"steps": 1, "draws": 2}}}
     chosen = {"adapter": adapter, "guidance": {"span": 0.5}, "objective": {"block": 1}}
     settings = {"method_settings": {"follow_your_motion": chosen}}
     (tmp_path / "plan.yaml").write_text(json.dumps(settings))
@@ -238,12 +238,14 @@ def test_one_command_tunes_and_transfers_on_s3(model, clips, prompts, bucket, tm
         "transfer", "--manifest", f"s3://{bucket}/manifest", "--model", model, "--output", f"s3://{bucket}/out", "--tune",
         "--training.workers-per-reference", 2, "--training.deepspeed.zero", 2, "--training.threads", 1,
     ]  # fmt: skip
-    code, text = jobs.here(*command)
+    code, text = jobs.here(*command, "--training.workers-per-reference", 3)
     assert code == 2, text
-    assert "1 draws a step cannot be shared evenly by 2 workers; set spatial.draws to a multiple of 2" in text
-    code, text = jobs.run(*command, "--training.workers-per-reference", 1)
+    assert "2 draws a step cannot be shared evenly by 3 workers; set spatial.draws to a multiple of 3" in text
+    code, text = jobs.run(*command)
     assert code == 0, text
     assert "1 adapters, 0 failed, 0 left" in text
+    (tuned,) = tune.index(Storage(), f"s3://{bucket}/out").values()
+    assert (tuned.workers, tuned.spatial_steps, tuned.temporal_steps) == (2, 1, 1)
     made = jobs.results(f"s3://{bucket}/out")
     assert {row.status for row in made} == {"ok"} and len(made) == 4
     assert {row.evaluations for row in made if row.method == "follow_your_motion"} == {4}  # tuned and guided
