@@ -1,6 +1,7 @@
 """The training loop on a problem of a few numbers, and both stages on models of a few weights."""
 
 import json
+from copy import deepcopy
 from random import Random
 
 import pytest
@@ -15,7 +16,7 @@ from vmt_core.pretraining.ahead import Helpers
 from vmt_core.pretraining.dit import BODIES, GPU_MORE_PHASES, MORE_PHASES, NAMED_BLOCK, NAMING, DitLoss, DitStage
 from vmt_core.pretraining.dit import PHASES as PHASES_OF_CLIPS
 from vmt_core.pretraining.loop import Phase, Run
-from vmt_core.pretraining.vae import VaeStage, crop, look_at_one_frame, pixels
+from vmt_core.pretraining.vae import DecoderStage, VaeStage, crop, look_at_one_frame, pixels
 from vmt_core.world import Scene, render, sample, split
 from vmt_core.world.judge import KINDS
 from vmt_core.world.render import masks
@@ -150,11 +151,9 @@ def test_the_moving_average_forgets_its_beginning():
 def few(tmp_path_factory):
     """A VAE of one training step, as `save_vae` writes it."""
     folder = tmp_path_factory.mktemp("vae")
-    patch = pytest.MonkeyPatch()
     run = Run(VaeStage(phases=(Phase(1, ((1, 5, 32, 32),), 1e-3),)))
     run.train_step()
     export.save_vae(run.average.module, folder, clips=3)
-    patch.undo()
     return AutoencoderKLWan.from_pretrained(folder)
 
 
@@ -167,6 +166,17 @@ def test_the_statistics_make_latents_of_unit_variance(few):
         latents = torch.cat([(few.encode(clip).latent_dist.mode() - mean) / std for clip in clips])
     torch.testing.assert_close(latents.mean((0, 2, 3, 4)), torch.zeros(16), atol=1e-4, rtol=0)
     torch.testing.assert_close(latents.std((0, 2, 3, 4)), torch.ones(16), atol=1e-3, rtol=0)
+
+
+def test_a_decoder_is_trained_on_for_latents_that_stay_what_they_are(few):
+    vae = deepcopy(few)
+    run = Run(DecoderStage(vae, phases=(Phase(2, ((1, 5, 32, 32),), 1e-3, warmup=1),)))
+    for _ in range(2):
+        run.train_step()
+    before = few.state_dict()
+    changed = {name.split(".")[0] for name, value in vae.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {"decoder", "post_quant_conv"}
+    assert {name.split(".")[0] for name in before} > changed  # the encoder's are there, too
 
 
 def test_a_fresh_autoencoder_treats_every_frame_alike():
