@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import ray
 from ray.data.datasource import Partitioning
 
-from pipelines import cluster, lock, models, progress, report, tables
+from pipelines import cluster, formats, lock, models, progress, report, tables
 from pipelines.cluster import RunFailed
 from pipelines.ledger import Ledger
 from pipelines.measure import COLUMNS, Measure, folder_of, unmeasured
@@ -75,11 +75,11 @@ def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[
             "absent": absent,
         }
         for name, text in {
-            "comparison.csv": tables.to_csv([line for line in lines if line.category == tables.ALL]),
-            "categories.csv": tables.to_csv(lines),
-            "comparison.md": tables.to_markdown(lines),
-            "comparison.tex": tables.to_latex(lines),
-            "paper.md": tables.papers_shape(lines),
+            "comparison.csv": formats.to_csv([line for line in lines if line.category == tables.ALL]),
+            "categories.csv": formats.to_csv(lines),
+            "comparison.md": formats.to_markdown(lines),
+            "comparison.tex": formats.to_latex(lines),
+            "paper.md": formats.papers_shape(lines),
             "run/summary.json": json.dumps(summary, indent=2),
         }.items():
             storage.write(join(settings.output, name), text.encode())
@@ -90,7 +90,7 @@ def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[
             join(settings.output, "report.html"), page(settings, storage, title, settings.output, lines).encode()
         )
         sink = pa.BufferOutputStream()
-        pq.write_table(pacsv.read_csv(io.BytesIO(tables.to_csv(lines).encode())), sink)
+        pq.write_table(pacsv.read_csv(io.BytesIO(formats.to_csv(lines).encode())), sink)
         storage.write(join(settings.output, "comparison.parquet"), sink.getvalue().to_pybytes())
     if told != count:
         raise RunFailed(f"{count} results, but {told} were measured; the same command goes on from there")
@@ -347,7 +347,7 @@ def _line(line: tables.Line) -> str:
             if motion.difference is None
             else f" ({motion.difference:+.3f} [{motion.difference_low:+.3f}, {motion.difference_high:+.3f}])"
         )
-        rest = tables.few(line, "motion")
+        rest = formats.few(line, "motion")
         parts.append(f"motion {motion.mean:.3f}{gain}" + (f" of {rest} videos" if rest else ""))
     if seconds is not None:
         parts.append(f"{seconds.mean:.3g} s a video")

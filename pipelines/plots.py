@@ -8,7 +8,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from pipelines.tables import ALL, BETTER, Line, few
+from pipelines.formats import few
+from pipelines.tables import ALL, BETTER, Line
 
 SECONDS = "seconds a video (tuning not counted)"
 _INK = "#010203"  # becomes the text colour of the page

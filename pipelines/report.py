@@ -25,7 +25,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipelines import plots, tables
+from pipelines import formats, plots, tables
 from pipelines.tables import Line
 from schemas.errors import ErrorCode
 from schemas.rows import ResultRow
@@ -218,12 +218,12 @@ def _numbers(line: Line, name: str, lines: Sequence[Line]) -> dict[str, Any]:
     cell = line.cells.get(name)
     if cell is None:
         return {"mean": "", "gain": "", "few": "", "best": False}
-    digits = tables.decimals(lines, name)
-    best = len(lines) > 1 and cell.mean == tables.best(name, lines)
+    digits = formats.decimals(lines, name)
+    best = len(lines) > 1 and cell.mean == formats.best(name, lines)
     return {
         "mean": f"{cell.mean:.{digits}f}",
-        "gain": tables.gain(cell, digits),
-        "few": tables.few(line, name),
+        "gain": formats.gain(cell, digits),
+        "few": formats.few(line, name),
         "best": best,
     }
 

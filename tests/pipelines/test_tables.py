@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from pipelines import plots, tables
+from pipelines import formats, plots, tables
 from support.rows import metric_row as row
 
 
@@ -88,11 +88,15 @@ def test_a_mean_of_few_of_the_videos_says_so_and_is_not_the_best():
     rows = [row("none", n, motion=0.1) for n in range(10)] + [row("good", n, motion=0.6) for n in range(10)]
     rows += [row("bad", n, motion=0.9 if n == 0 else None) for n in range(10)]
     lines = tables.compare(rows, "none")
-    assert "| bad | 10 | 0.900 (+0.800 [+0.800, +0.800]; 1 of 10 videos) |" in tables.to_markdown(lines)
-    assert "| good | 10 | 0.600 (+0.500 [+0.500, +0.500]) |" in tables.to_markdown(lines)
-    assert r"\textbf{0.600}" in tables.to_latex(lines) and r"0.900\textsuperscript{1/10}" in tables.to_latex(lines)
+    assert "| bad | 10 | 0.900 (+0.800 [+0.800, +0.800]; 1 of 10 videos) |" in formats.to_markdown(lines)
+    assert "| good | 10 | 0.600 (+0.500 [+0.500, +0.500]) |" in formats.to_markdown(lines)
+    assert r"\textbf{0.600}" in formats.to_latex(lines) and r"0.900\textsuperscript{1/10}" in formats.to_latex(lines)
     assert plots.intervals(lines, "motion").count("(1 of 10 videos)") == 1
-    assert [line["motion_count"] for line in csv.DictReader(io.StringIO(tables.to_csv(lines)))][:3] == ["10", "1", "10"]
+    assert [line["motion_count"] for line in csv.DictReader(io.StringIO(formats.to_csv(lines)))][:3] == [
+        "10",
+        "1",
+        "10",
+    ]
 
 
 def test_categories_have_lines_of_their_own():
@@ -155,31 +159,31 @@ def test_every_format_says_the_same():
     rows = [row("none", n, motion=0.1 * n, seconds=1.0) for n in range(4)]
     rows += [row("follow_your_motion", n, motion=0.1 * n + 0.25, seconds=2.0) for n in range(4)]
     lines = tables.compare(rows, "none")
-    table = list(csv.DictReader(io.StringIO(tables.to_csv(lines))))
+    table = list(csv.DictReader(io.StringIO(formats.to_csv(lines))))
     assert [line["method"] for line in table if line["category"] == "all"] == ["none", "follow_your_motion"]
     assert float(table[1]["motion_difference"]) == pytest.approx(0.25)
     assert table[0]["motion_difference"] == ""
-    assert "| follow_your_motion | 4 | 0.40 (+0.25 [+0.25, +0.25])" in tables.to_markdown(lines)
-    latex = tables.to_latex(lines)
+    assert "| follow_your_motion | 4 | 0.40 (+0.25 [+0.25, +0.25])" in formats.to_markdown(lines)
+    latex = formats.to_latex(lines)
     assert r"follow\_your\_motion & \textbf{0.40} & 2.000" in latex
     assert r"none & 0.15 & \textbf{1.000}" in latex
-    paper = tables.papers_shape(lines)
+    paper = formats.papers_shape(lines)
     assert "*FastVMT, published*" in paper and "0.7471" in paper and "not comparable in absolute terms" in paper
 
 
 def test_columns_of_the_paper_are_by_flow_only_where_the_papers_models_were_not_given():
     lines = tables.compare([row("none", n, motion_matched=0.25, smoothness=0.5) for n in range(3)], "none")
-    paper = tables.papers_shape(lines)
+    paper = formats.papers_shape(lines)
     assert "| none |  | 0.25 |" in paper and paper.splitlines()[2].endswith("| 0.5 |")
     assert "motion_fidelity is motion_matched by optical flow and motion_smoothness is smoothness" in paper
     rows = [row("none", n, motion_matched=0.25, smoothness=0.5, motion_fidelity=0.75) for n in range(3)]
-    paper = tables.papers_shape(tables.compare(rows, "none"))
+    paper = formats.papers_shape(tables.compare(rows, "none"))
     assert "| none |  | 0.75 |" in paper and "motion_matched" not in paper and "is smoothness by" in paper
 
 
 def test_nothing_measured_is_an_empty_table():
     assert tables.compare([], "none") == []
-    assert tables.to_csv([]).startswith("method,category,made,failed")
+    assert formats.to_csv([]).startswith("method,category,made,failed")
 
 
 def test_what_is_drawn_are_references_with_all_of_their_videos():
@@ -213,6 +217,6 @@ def test_a_setting_of_any_text_can_be_shown(text):
     lines = tables.compare(rows, "none")
     assert plots.intervals(lines, "motion") and plots.against_seconds(lines)
     heads = [
-        line.count("|") - line.count(r"\|") for line in tables.to_markdown(lines).splitlines() if line.startswith("|")
+        line.count("|") - line.count(r"\|") for line in formats.to_markdown(lines).splitlines() if line.startswith("|")
     ]
     assert len(set(heads)) == 1
