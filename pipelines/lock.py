@@ -57,6 +57,16 @@ def held(storage: Storage, uri: str, *, renew_s: float = RENEW_S) -> Iterator[No
                 12 * renew_s
             )  # again, as an interruption of a finalizer is lost; late, as what ends by it takes its time
 
+    def interrupt(*_: Any) -> None:
+        if lost.is_set():
+            raise KeyboardInterrupt
+
+    # a shell's background jobs ignore SIGINT: theirs is heeded for a lost lock alone
+    ignored = (
+        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+    )
+    if ignored:
+        signal.signal(signal.SIGINT, interrupt)
     thread = threading.Thread(target=renew, daemon=True, name="lock")
     thread.start()
     try:
@@ -68,6 +78,8 @@ def held(storage: Storage, uri: str, *, renew_s: float = RENEW_S) -> Iterator[No
     finally:
         stop.set()
         thread.join()
+        if ignored:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
         if _owner(storage, uri).get("token") == mine["token"]:
             storage.delete(uri)
 

@@ -1,6 +1,7 @@
 """One run at a time in an output."""
 
 import json
+import signal
 import subprocess
 import sys
 import threading
@@ -97,6 +98,16 @@ def test_a_run_whose_interruption_gets_lost_is_interrupted_again(uri):
                     raise
 
 
+@pytest.fixture(params=[signal.default_int_handler, signal.SIG_IGN], ids=["foreground", "background"])
+def _started(request):
+    """A shell's background jobs ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, request.param)
+    yield
+    assert signal.getsignal(signal.SIGINT) == request.param
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_started")
 def test_a_run_that_slept_and_lost_the_lock_stops_wherever_it_waits(uri):
     began = time.monotonic()
     with pytest.raises(RunFailed, match="took this output over"), lock.held(Storage(), uri, renew_s=FAST):
