@@ -181,13 +181,17 @@ def _pack(rows: Sequence[Mapping[str, Any]], output: str, place: str, runs: Sequ
 
 
 def _comparison(lines: Sequence[Line]) -> dict[str, Any] | None:
-    """Figures and a table of the methods; None without lines."""
+    """Figures and tables of the methods, in all categories together and in each where there are several; None without lines."""
     if not lines:
         return None
     shown = [line for line in lines if line.category == tables.ALL]
     metrics = [name for name in tables.BETTER if any(name in line.cells for line in shown)]
     figures = [plots.against_seconds(lines), *(plots.intervals(lines, name) for name in metrics)]
-    references = max((cell.references for line in shown for cell in line.cells.values()), default=0)
+    references = _references(shown)
+    parts = [
+        [line for line in lines if line.category == category]
+        for category in dict.fromkeys(line.category for line in lines if line.category != tables.ALL)
+    ]
     return {
         "figures": [Markup(figure) for figure in figures if figure],  # drawn here, from numbers and escaped labels
         "metrics": [_head(name) for name in metrics],
@@ -196,16 +200,31 @@ def _comparison(lines: Sequence[Line]) -> dict[str, Any] | None:
             if references == 1
             else f"over {references} references{', which are few' if references < _FEW else ''}, each drawn with all of its videos"
         ),
-        "lines": [
-            {
-                "label": line.label,
-                "made": line.made,
-                "failed": line.failed,
-                "cells": [_numbers(line, name, shown) for name in metrics],
-            }
-            for line in shown
-        ],
+        "lines": _table(shown, metrics),
+        "categories": [
+            {"name": part[0].category, "references": _references(part), "lines": _table(part, metrics)} for part in parts
+        ]
+        if len(parts) > 1
+        else [],
     }
+
+
+def _references(lines: Sequence[Line]) -> int:
+    """Of how many references the videos of these lines are."""
+    return max((cell.references for line in lines for cell in line.cells.values()), default=0)
+
+
+def _table(lines: Sequence[Line], metrics: Sequence[str]) -> list[dict[str, Any]]:
+    """Of one category, ready to print."""
+    return [
+        {
+            "label": line.label,
+            "made": line.made,
+            "failed": line.failed,
+            "cells": [_numbers(line, name, lines) for name in metrics],
+        }
+        for line in lines
+    ]
 
 
 def _head(name: str) -> str:

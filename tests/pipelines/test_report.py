@@ -161,6 +161,19 @@ def test_a_comparison_says_what_its_intervals_are_of_and_what_is_best() -> None:
     assert "over the videos of one reference" in render([row()], {}, "out", lines=one)
 
 
+def test_a_comparison_has_a_table_for_each_category_where_there_are_several() -> None:
+    made = [
+        metric_row(method, n, category=category, motion=n / 10)
+        for method in ("none", "fastvmt")
+        for n, category in enumerate(("camera", "camera", "single"))
+    ]
+    page = render([row()], {}, "out", lines=tables.compare(made, "none"))
+    single = page[page.index("<h3>single") : page.index("</details>", page.index("<h3>single"))]
+    assert '<h3>camera <span class="muted">2 references</span></h3>' in page
+    assert single.count('<td class="nowrap">1</td>') == 2 and ">0.200<" in single
+    assert "By category" not in render([row()], {}, "out", lines=tables.compare(made[:2], "none"))
+
+
 def test_what_was_never_measured_can_be_sorted_by_no_more() -> None:
     data = json.loads(
         Scripts(render([row() | {"metrics": {"motion": 0.5, "moving": None}}, row()], {}, "out")).scripts[0]
