@@ -226,7 +226,7 @@ def test_transfer_says_where_adapters_come_from(tuned, model, captioned, prompts
     assert "has no rows of x, only of follow_your_motion, none" in text
 
 
-def test_one_command_tunes_and_transfers_on_s3(model, clips, prompts, bucket, tmp_path):
+def test_one_command_tunes_and_transfers_on_s3_where_another_measures(model, clips, prompts, bucket, tmp_path):
     table = tmp_path / "references.csv"
     table.write_text(f"uri,caption\n{clips / 'line.mp4'},a red circle\n")
     adapter = {"tuning": {"rank": 2, "spatial": {"steps": 1, "draws": 2}, "temporal": {"steps": 1, "draws": 2}}}
@@ -249,6 +249,16 @@ def test_one_command_tunes_and_transfers_on_s3(model, clips, prompts, bucket, tm
     made = jobs.results(f"s3://{bucket}/out")
     assert {row.status for row in made} == {"ok"} and len(made) == 4
     assert {row.evaluations for row in made if row.method == "follow_your_motion"} == {4}  # tuned and guided
+
+    command = ["evaluate", "--run", f"s3://{bucket}/out", "--output", f"s3://{bucket}/evaluation"]
+    code, text = jobs.run(*command)
+    assert code == 0, text
+    assert "4 results, 0 measured before, 4 to measure now" in text
+    page = Storage().read(f"s3://{bucket}/evaluation/report.html").decode()
+    assert all(f"../out/videos/method={row.method}/{row.sample_id}.mp4" in page.replace("%3D", "=") for row in made)
+    code, text = jobs.here(*command)
+    assert code == 0, text
+    assert "4 results, 4 measured before, 0 to measure now" in text
 
 
 def weights(output):
