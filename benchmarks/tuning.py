@@ -2,6 +2,7 @@
 
     python benchmarks/tuning.py steps                                      dense : sparse seconds a step, on the CPU
     python benchmarks/tuning.py steps --device cuda --model 1.3b-random --height 480 --width 832 --frames 81
+    python benchmarks/tuning.py steps --model narrow --height 32 --width 32 --threads 1
     python benchmarks/tuning.py ablation --references 12                   on wan-nano: the shape of the paper's ablation table
 
 The ablation tunes every variant on the same held-out clips and makes the same videos with the same seeds; the columns are those of
@@ -42,6 +43,16 @@ WIDE = {
 }
 LIGHT = "sparse, nothing recomputed"
 WAN_1_3B = {"num_layers": 30, "num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960}
+#: Hardly any arithmetic: what a step costs beside it.
+NARROW = {
+    "num_layers": 30,
+    "num_attention_heads": 12,
+    "attention_head_dim": 6,
+    "ffn_dim": 32,
+    "text_dim": 16,
+    "freq_dim": 16,
+}
+CONFIGS = {"wan-nano": WIDE, "1.3b-random": WAN_1_3B, "narrow": NARROW}
 
 
 def variants(preset: FollowYourMotion) -> dict[str, FollowYourMotion]:
@@ -59,7 +70,7 @@ def steps(arguments: argparse.Namespace) -> None:
     """Seconds of a training step of the temporal stage: all frames against some, in turns."""
     device = torch.device(arguments.device)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    config = WAN_1_3B if arguments.model == "1.3b-random" else WIDE
+    config = CONFIGS[arguments.model]
     with torch.device("meta"):
         transformer = WanTransformer3DModel(**config)
     transformer = transformer.to_empty(device=device)
@@ -194,7 +205,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["steps", "ablation"])
     parser.add_argument(
-        "--model", default="wan-nano", help="of `ablation`; 1.3b-random: of `steps`, else two wide blocks"
+        "--model",
+        default="wan-nano",
+        help="of `ablation`; of `steps`: 1.3b-random, narrow (thirty blocks with hardly any arithmetic), else two wide blocks",
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--height", type=int, default=320)

@@ -202,7 +202,8 @@ def _comparison(lines: Sequence[Line]) -> dict[str, Any] | None:
         ),
         "lines": _table(shown, metrics),
         "categories": [
-            {"name": part[0].category, "references": _references(part), "lines": _table(part, metrics)} for part in parts
+            {"name": part[0].category, "references": _references(part), "lines": _table(part, metrics)}
+            for part in parts
         ]
         if len(parts) > 1
         else [],

@@ -143,6 +143,7 @@ class Tuning:
         self.step = 0
         self.curve: list[Point] = []
         self.stopped_early = False
+        task.module.train()
 
     @property
     def done(self) -> bool:
@@ -157,7 +158,6 @@ class Tuning:
         began, schedule = time.perf_counter(), self.task.schedule
         losses: list[float] = []
         parts: list[StepLogs] = []
-        self.task.module.train()
         for draw in range(self.rank, schedule.draws, self.workers):
             loss, logs = self.engine.accumulate(self.task.batch(self.step * schedule.draws + draw))
             losses.append(loss)
@@ -171,6 +171,7 @@ class Tuning:
         if self.step % schedule.validate_every == 0 or self.step == schedule.steps:
             self.task.module.eval()
             point = Point(self.step, loss, self.mean(self.task.validate()))
+            self.task.module.train()
         self.curve.append(point)
         self.stopped_early = self._plateau()
         return {
