@@ -65,5 +65,6 @@ def failure(storage: Storage, folder: str, adapter_id: str) -> str | None:
     if not storage.exists(uri):
         return None
     filesystem, path = storage.arrow(uri)
-    (row,) = pq.read_table(path, filesystem=filesystem, columns=["error_code", "error_message"]).to_pylist()
+    with pq.ParquetFile(path, filesystem=filesystem) as file:
+        (row,) = file.read(["error_code", "error_message"]).to_pylist()
     return f"{row['error_code']}: {row['error_message']}" if row["error_code"] else None

@@ -32,7 +32,7 @@ from pipelines.measure import COLUMNS, Measure, folder_of, unmeasured
 from pipelines.storage import Storage, absolute, join
 from pipelines.tracker import start as tracker_of_run
 from pipelines.watch import watched
-from schemas import ErrorCode, EvaluateSettings, MetricRow, ResultRow, UsageError
+from schemas import EvaluateSettings, MetricRow, ResultRow, UsageError
 from vmt_core.metrics.noncommercial import NOTICE
 
 T = TypeVar("T")
@@ -192,7 +192,7 @@ def mend(
 
     Args:
         results: of each run, sample_id -> error code, or None for ok.
-        retry: forget measurements that failed for a reason that may be gone; after a run they stand.
+        retry: forget measurements of good videos that failed; after a run they stand.
     """
     done: dict[str, set[str]] = {run: set() for run in results}
     files, columns = _files(settings, storage), ["run", "sample_id", "status", "error_code", "video_uri"]
@@ -232,16 +232,14 @@ def _table(storage: Storage, uri: str, columns: list[str] | None = None) -> pa.T
 
 
 def _stale(row: Mapping[str, Any], result: str | None, retry: bool) -> bool:
-    """Whether a metric row says another thing than its result now does, or (`retry`) failed for a reason that may be gone.
+    """Whether a metric row says another thing than its result now does, or (`retry`) failed although the video is good.
 
-    An internal error may be: of another version of this code, or of a GPU.
+    Why it failed lay outside it then, and may be gone: a policy, a mount, memory, a fault of this code.
     """
     if result is not None:
         return bool(row["error_code"] != result)
     made = row["video_uri"] is not None  # when it was measured
-    code = row["error_code"]
-    may_be_gone = code == ErrorCode.INTERNAL or (code is not None and ErrorCode(code).transient)
-    return row["status"] == "failed" and (not made or (retry and may_be_gone))
+    return row["status"] == "failed" and (not made or retry)
 
 
 def _measure(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.dataset as ds
 from pydantic import ValidationError
 
@@ -60,7 +61,7 @@ def references(storage: Storage, uri: str) -> list[Reference]:
 def _table(storage: Storage, uri: str) -> list[Reference]:
     try:
         lines = list(_lines(storage, uri))
-    except (FileNotFoundError, ValueError) as error:
+    except (FileNotFoundError, ValueError, pa.ArrowException) as error:
         raise UsageError(f"--references {uri}: {error}") from error
     folder = uri.rsplit("/", 1)[0] if "/" in uri else "."
     found = []
@@ -106,7 +107,8 @@ def _lines(storage: Storage, uri: str) -> Iterable[dict[str, Any]]:
 def _parquet(storage: Storage, uri: str) -> Iterable[dict[str, Any]]:
     """Rows of a Parquet file or of a dataset partitioned by folders; columns that say nothing of a reference are left out."""
     filesystem, path = storage.arrow(uri)
-    data = ds.dataset(path, filesystem=filesystem, partitioning="hive", format="parquet")
+    folders = "hive" if storage.is_folder(uri) else None  # folders above a file say nothing of its rows
+    data = ds.dataset(path, filesystem=filesystem, partitioning=folders, format="parquet")
     _no_misspelling(data.schema.names)
     for batch in data.to_batches(columns=[name for name in Reference.model_fields if name in data.schema.names]):
         yield from batch.to_pylist()

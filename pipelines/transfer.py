@@ -203,7 +203,12 @@ def graph(settings: TransferSettings, storage: Storage, source: str, tracker: An
     stages = importlib.import_module(settings.stages)
     filesystem, path = storage.arrow(source)
     rows = settings.rows_per_block or settings.transfer.batch_rows
-    data = ray.data.read_parquet(path, filesystem=filesystem, schema=ManifestRow.arrow_schema())
+    data = ray.data.read_parquet(
+        path,
+        filesystem=filesystem,
+        schema=ManifestRow.arrow_schema(),
+        partitioning=None,  # or a folder `seed=7` above the manifest would be every row's seed
+    )
     data = data.repartition(target_num_rows_per_block=rows)
     data = data.map_batches(begin, batch_size=rows, batch_format="pyarrow", num_cpus=1)
     for actor, pool in (

@@ -77,8 +77,8 @@ def test_clips_are_listed_in_many_ways(settings, clips, tmp_path, kind):
     elif kind == "jsonl":
         table.write_text(json.dumps(line) + "\n")
     elif kind == "parquet":
-        import pyarrow as pa
-
+        table = tmp_path / "start_frame=5" / "references.parquet"  # what folders are called says nothing of a file's rows
+        table.parent.mkdir()
         pq.write_table(pa.Table.from_pylist([line]), table)
     else:
         table = clips / ("li*.mp4" if kind == "glob" else "line.mp4")

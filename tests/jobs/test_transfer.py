@@ -31,17 +31,18 @@ FAST = ["--progress-s", 2]
 def made(clips, model, small, tmp_path_factory):
     """(manifest, output, what the run printed) of 2 clips x 2 seeds x 3 methods."""
     folder = tmp_path_factory.mktemp("transfer")
+    source = folder / "seed=7" / "manifest"  # what folders are called says nothing of rows
     (folder / "prompts.txt").write_text("a yellow star at night\n")
     code, text = jobs.here(
         "plan", "--references", clips, "--prompts", folder / "prompts.txt", "--methods", "fastvmt,ditflow,none", "--seeds", "0,1",
-        "--negative-prompt", "blurred", "--output", folder / "manifest", *small,
+        "--negative-prompt", "blurred", "--output", source, *small,
     )  # fmt: skip
     assert code == 0, text
     code, text = jobs.run(
-        "transfer", "--manifest", folder / "manifest", "--model", model, "--output", folder / "one", "--transfer.batch-rows", 4, *FAST
+        "transfer", "--manifest", source, "--model", model, "--output", folder / "one", "--transfer.batch-rows", 4, *FAST
     )  # fmt: skip
     assert code == 0, text
-    return folder / "manifest", folder / "one", text
+    return source, folder / "one", text
 
 
 def test_a_row_is_the_video_that_the_core_makes_of_it(made, model, tmp_path):
@@ -69,7 +70,7 @@ def test_a_manifest_becomes_videos_that_are_accounted_for(made, model):
     source, output, text = made
     assert "12 selected = 12 ok + 0 failed + 0 left" in text
     one = {row.sample_id: row for row in jobs.results(output)}
-    assert len(one) == 12
+    assert len(one) == 12 and {row.seed for row in one.values()} == {0, 1}
     for row in one.values():
         assert row.video_sha256 == sha256(row.video_uri)
         assert row.video_bytes == Path(row.video_uri).stat().st_size
