@@ -65,6 +65,11 @@ class Line:
     failed: int
     cells: dict[str, Cell]
 
+    @property
+    def compared(self) -> bool:
+        """Whether anything of it has a difference to the baseline."""
+        return any(cell.difference is not None for cell in self.cells.values())
+
 
 @dataclass(frozen=True)
 class _Columns:
@@ -85,14 +90,18 @@ def compare(rows: Iterable[MetricRow], baseline: str, draws: int = 2000) -> list
     """A line for every method, in all categories together and in each; the baseline first.
 
     The order of rows does not matter, and none is kept: they may be streamed.
+
+    Args:
+        baseline: a method, or one of its variants by its label; of a method with several settings it is the first variant.
     """
     table = _columns(rows)
     names = label(table.variants)
     methods = {name: method for (_, method, *_), name in names.items()}
-    ordered = sorted(methods, key=lambda name: (methods[name] != baseline, name))
+    base_names = _baseline(names, baseline)
+    ordered = sorted(methods, key=lambda name: (name not in base_names, methods[name] != baseline, name))
     place = np.array([ordered.index(names[variant]) for variant in table.variants], int)[table.variant]
     lines = []
-    is_base = np.array([methods[name] == baseline for name in ordered], bool)
+    is_base = np.array([name in base_names for name in ordered], bool)
     for category in [ALL, *sorted(table.categories)]:
         inside = category == ALL or table.category == table.categories.index(category)
         base = np.flatnonzero(inside & table.ok & is_base[place])
@@ -101,7 +110,7 @@ def compare(rows: Iterable[MetricRow], baseline: str, draws: int = 2000) -> list
             if not mine.any():
                 continue
             ok = np.flatnonzero(mine & table.ok)
-            twins = _twins(table, ok, base[:0] if methods[name] == baseline else base)
+            twins = _twins(table, ok, base[:0] if name in base_names else base)
             cells = {}
             for at, metric in enumerate(BETTER):
                 column = table.values[:, at]
@@ -110,6 +119,17 @@ def compare(rows: Iterable[MetricRow], baseline: str, draws: int = 2000) -> list
                     cells[metric] = _cell(column[ok], differences, table.reference[ok], metric, draws)
             lines.append(Line(name, methods[name], category, len(ok), int(mine.sum()) - len(ok), cells))
     return lines
+
+
+def _baseline(names: dict[_Variant, str], baseline: str) -> set[str]:
+    """Labels of the baseline: of one choice of settings, in whatever runs and with whatever sampling it was made."""
+    found = sorted(
+        (name != baseline, name, method, settings)
+        for (_, method, settings, _), name in names.items()
+        if baseline in (name, method)
+    )
+    chosen = found[0][2:] if found else None
+    return {name for (_, method, settings, _), name in names.items() if (method, settings) == chosen}
 
 
 def label(variants: Iterable[_Variant]) -> dict[_Variant, str]:

@@ -185,7 +185,7 @@ class EvaluateSettings(MeasuringSettings):
 
     run: list[str] = Field(min_length=1, description="output of a transfer; may be given several times")
     output: str = Field(description="folder or prefix for metrics/ and the tables")
-    baseline: str = Field(default="none", description="method that differences are to")
+    baseline: str = Field(default="none", description="method that differences are to, or the label of one of its lines in the tables")
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="where the encoders run")
     measure: StageSettings = StageSettings(actors=2)
     rows_per_block: PositiveInt = Field(default=16, description="videos that are committed together")
@@ -213,7 +213,7 @@ class BenchSettings(ModelSettings, MeasuringSettings):
     methods: CommaStrings = Field(
         default=("none", "ditflow", "fastvmt", "follow_your_motion"), description="methods, comma separated"
     )
-    baseline: str = Field(default="none", description="method that differences are to")
+    baseline: str = Field(default="none", description="method that differences are to, or the label of one of its lines in the tables")
     seeds: CommaInts = Field(default=(0,), description="seeds, comma separated")
     output: str = Field(description="folder or prefix of everything")
     method_settings: dict[str, dict[str, Any]] = Field(default_factory=dict, description="as in plan (YAML only)")

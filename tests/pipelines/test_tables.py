@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -148,6 +149,21 @@ def test_a_run_is_compared_with_its_own_baseline_else_with_anothers():
     lines = tables.compare(rows, "none")
     assert [only(lines, f"fastvmt ({run})").cells["motion"].difference for run in "ab"] == [1, 1]
     assert only(lines, "ditflow").cells["motion"].difference in (2, 12)
+
+
+def test_differences_are_to_one_choice_of_settings():
+    plain, other = json.dumps({"strength": 1.0}), json.dumps({"strength": 0.5})
+    rows = [row("none", n, settings=plain, motion=0.1) for n in range(9)]
+    rows += [row("none", n, settings=other, motion=0.5) for n in range(9)]
+    rows += [row("fastvmt", n, settings="{}", motion=0.6) for n in range(9)]
+
+    def differences(baseline):
+        lines = [line for line in tables.compare(rows, baseline) if line.category == tables.ALL]
+        return {line.label: line.cells["motion"].difference for line in lines}
+
+    near = partial(pytest.approx, abs=1e-9)
+    assert differences("none") == {"none strength=0.5": None, "none strength=1.0": near(-0.4), "fastvmt": near(0.1)}
+    assert differences("none strength=1.0") == {"none strength=1.0": None, "none strength=0.5": near(0.4), "fastvmt": near(0.5)}
 
 
 def test_the_order_of_rows_does_not_matter():
