@@ -102,7 +102,7 @@ def connected(settings: RaySettings, *turns: Sequence[StageSettings]) -> Iterato
     try:
         for pools in turns:
             with _demanded(pools) if address else contextlib.nullcontext():
-                wait_for(needs(pools), settings.wait_s if address else 0)
+                wait_for(pools, settings.wait_s if address else 0)
         yield
     finally:
         ray.shutdown()
@@ -114,12 +114,7 @@ def _demanded(pools: Sequence[StageSettings]) -> Iterator[None]:
 
     A placement group, because it goes with this driver, however that ends; a request to the autoscaler would stay.
     """
-    amounts = [
-        {"CPU": pool.cpus, "GPU": pool.gpus, "memory": (pool.memory_gib or 0) * 2**30}
-        for pool in pools
-        for _ in range(pool.actors)
-    ]
-    bundles = [{name: amount for name, amount in bundle.items() if amount} for bundle in amounts]
+    bundles = [_taken(pool) for pool in pools for _ in range(pool.actors)]
     group = placement_group([*filter(None, bundles), *[{"CPU": 1.0}] * ENGINE_CPUS])
     try:
         yield
@@ -155,14 +150,14 @@ def quiet_data() -> DataContext:
     return context
 
 
-def wait_for(needed: Mapping[str, float], seconds: float) -> None:
-    """Waits until the cluster has what is needed in all (an autoscaler may still be adding nodes).
+def wait_for(pools: Sequence[StageSettings], seconds: float) -> None:
+    """Waits until the cluster has what the pools need, in all and for each actor on one node (an autoscaler may still be adding some).
 
     Raises:
         RunFailed: what is missing.
     """
     deadline = time.monotonic() + seconds
-    while lacking := missing(needed, ray.cluster_resources()):
+    while lacking := missing(needs(pools), ray.cluster_resources()) or too_large(pools, ray.nodes()):
         if time.monotonic() >= deadline:
             raise RunFailed(
                 f"the cluster lacks {'; '.join(lacking)}. Make the pools of actors smaller (their actors, cpus, gpus, memory_gib; "
@@ -171,12 +166,33 @@ def wait_for(needed: Mapping[str, float], seconds: float) -> None:
         time.sleep(min(2.0, max(0.1, deadline - time.monotonic())))
 
 
+def too_large(pools: Sequence[StageSettings], nodes: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What no node has: `a node with 32 CPUs, 1 GPUs for an actor`."""
+    there = [node["Resources"] for node in nodes if node["Alive"]]
+    lacking = []
+    for pool in pools:
+        actor = _taken(pool)
+        if not any(all(node.get(name, 0) >= amount - 1e-6 for name, amount in actor.items()) for node in there):
+            amounts = [f"{amount / _unit(name):g} {_LABELS[name]}" for name, amount in actor.items()]
+            lacking.append(f"a node with {', '.join(amounts)} for an actor")
+    return list(dict.fromkeys(lacking))
+
+
+def _taken(pool: StageSettings) -> dict[str, float]:
+    """Of one actor."""
+    amounts = {"CPU": pool.cpus, "GPU": pool.gpus, "memory": (pool.memory_gib or 0) * 2**30}
+    return {name: amount for name, amount in amounts.items() if amount}
+
+
+def _unit(resource: str) -> int:
+    return 2**30 if resource == "memory" else 1
+
+
 def missing(needed: Mapping[str, float], offered: Mapping[str, float]) -> list[str]:
     """What a cluster lacks: `3 CPUs (needs 6, has 3)`."""
     lacking = []
     for name, label in _LABELS.items():
-        unit = 2**30 if name == "memory" else 1
-        want, have = needed.get(name, 0) / unit, offered.get(name, 0) / unit
+        want, have = (amounts.get(name, 0) / _unit(name) for amounts in (needed, offered))
         if have < want - 1e-6:
             lacking.append(f"{want - have:g} {label} (needs {want:g}, has {have:.4g})")
     return lacking

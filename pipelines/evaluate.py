@@ -100,7 +100,9 @@ def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[
     if all(settings.baseline not in (line.method, line.label) for line in lines):
         say(f"--baseline {settings.baseline}: no videos of it, so there are no differences")
     elif any(line.method == settings.baseline and line.compared for line in lines):
-        say(f"--baseline {settings.baseline}: made with several settings; differences are to those of {lines[0].label!r}")
+        say(
+            f"--baseline {settings.baseline}: made with several settings; differences are to those of {lines[0].label!r}"
+        )
     if failed:
         say(f"{summary['failed']} without metrics: {progress.codes(failed)}")
     for name, model in (("motion_fidelity", settings.cotracker), ("motion_smoothness", settings.amt)):

@@ -80,8 +80,11 @@ def held(storage: Storage, uri: str, *, renew_s: float = RENEW_S) -> Iterator[No
         thread.join()
         if ignored:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if _owner(storage, uri).get("token") == mine["token"]:
-            storage.delete(uri)
+        with contextlib.suppress(
+            OSError
+        ):  # what went wrong before matters more; a lock that nobody renews is taken over
+            if _owner(storage, uri).get("token") == mine["token"]:
+                storage.delete(uri)
 
 
 def _acquire(storage: Storage, uri: str, mine: dict[str, Any], patience: float) -> None:

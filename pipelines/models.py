@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.storage import Storage, absolute, join, scheme
-from vmt_core.backbone import weights
+from vmt_core.backbone import nano, weights
 
 _WEIGHTS = (".json", ".safetensors", ".model", ".txt")
 
@@ -66,6 +66,8 @@ def local(model: str, storage: Storage) -> str:
 
 def anywhere(model: str) -> str:
     """A model's name that means the same in every directory."""
+    if model == nano.NAME:  # the embedded one, whatever lies here
+        return model
     return absolute(model) if scheme(model) == "file" and Path(model).expanduser().is_dir() else model
 
 

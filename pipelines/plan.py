@@ -194,13 +194,17 @@ def methods_of(settings: PlanSettings, defaults: Native) -> list[Method]:
             if not values or any(values.count(value) > 1 for value in values):
                 raise UsageError(f"sweep: {name}: {path}: {values} must be one value or more, each once")
     try:
-        return [
+        methods = [
             build(name, {"preset": preset} | variant)
             for name in settings.methods
             for variant in _variants(settings.method_settings.get(name, {}), settings.sweep.get(name, {}))
         ]
     except ValueError as error:
         raise UsageError(str(error)) from error
+    made = Counter((method.name, _settings(method)) for method in methods)
+    if twice := [name for (name, _), count in made.items() if count > 1]:
+        raise UsageError(f"sweep: {twice[0]}: some of its values mean the same settings")
+    return methods
 
 
 def _variants(settings: dict[str, Any], sweep: dict[str, list[Any]]) -> Iterator[dict[str, Any]]:
@@ -212,6 +216,8 @@ def _variants(settings: dict[str, Any], sweep: dict[str, list[Any]]) -> Iterator
             place = varied
             for group in groups:
                 place = place.setdefault(group, {})
+                if not isinstance(place, dict):
+                    raise ValueError(f"sweep: {path}: {group} is {place!r} in method_settings, no group of settings")
             place[name] = value
         yield varied
 
@@ -280,6 +286,9 @@ def _once(rows: list[ManifestRow], skip: bool) -> tuple[list[ManifestRow], dict[
         other = first.setdefault(row.sample_id, row)
         if other is not row:
             repeated[row.reference_uri] = other.reference_uri
+    if skip:  # with prompts of its own it stays
+        for row in first.values():
+            repeated.pop(row.reference_uri, None)
     if repeated and not skip:
         (one, other_uri), more = next(iter(repeated.items())), len(repeated) - 1
         raise UsageError(

@@ -11,8 +11,10 @@ from __future__ import annotations
 import json
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -81,12 +83,26 @@ def run(settings: PretrainSettings, say: Callable[[str], None] = print) -> None:
             ),
         )
         try:
-            metrics = trainer.fit().metrics or {}
+            metrics = _fit(trainer).metrics or {}
         except Exception as error:
             raise RunFailed(f"{describe(error)[-2000:]}; --resume goes on from the last checkpoint") from error
     say(f"{settings.stage}: step {metrics.get('step', 0)}, {duration(time.monotonic() - began)} in this run")
     say("  ".join(f"{name.removeprefix('validation/')} {value:.4g}" for name, value in metrics.items() if "/" in name))
     say(f"weights  {_weights(settings)}")
+
+
+def _fit(trainer: ray.train.torch.TorchTrainer) -> ray.train.Result:
+    """Trains in another thread: in the main one Ray Train takes interruptions itself, and exits with 0."""
+    ended: Future[ray.train.Result] = Future()
+
+    def work() -> None:
+        try:
+            ended.set_result(trainer.fit())
+        except BaseException as error:
+            ended.set_exception(error)
+
+    threading.Thread(target=work, daemon=True, name="ray-train").start()
+    return ended.result()
 
 
 def _weights(settings: PretrainSettings) -> str:

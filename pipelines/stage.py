@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray
 
 from pipelines.live import Live
-from pipelines.storage import Storage, StorageUnavailable, describe
+from pipelines.storage import Storage, StorageUnavailable, Unwritable, describe
 from pipelines.tracker import Watchdog, end_if_broken
 from schemas import ErrorCode, ResultRow, RowError, StageSettings, TransferSettings
 from vmt_core.faults import out_of_memory
@@ -130,13 +130,19 @@ class Stage(ABC):
                 row.update(outcome)
 
     def _attempt(self, group: list[Row]) -> list[Outcome] | None:
-        """Outcomes of the group, or None if its rows should be tried one by one."""
+        """Outcomes of the group, or None if its rows should be tried one by one.
+
+        Raises:
+            Unwritable: the output takes no files, which ends the run: it says nothing of the rows, and is the same for all.
+        """
         for smaller in (False, True):
             try:
                 return self.work(group, smaller=smaller)
             except RowError as error:
                 if len(group) == 1:
                     return [error]
+            except Unwritable:
+                raise
             except StorageUnavailable as error:
                 if len(group) == 1:
                     return [RowError(ErrorCode.STORAGE_UNAVAILABLE, str(error))]

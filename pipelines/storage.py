@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import pyarrow.fs as pafs
 import s3fs
+from botocore.exceptions import ParamValidationError, ProfileNotFound
 from botocore.handlers import add_expect_header
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.spec import AbstractFileSystem
@@ -34,12 +35,21 @@ from schemas.sections import StorageSettings
 T = TypeVar("T")
 _PERMANENT = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, FileExistsError)
 _PERMANENT_ERRNO = {errno.ENOSPC, errno.EROFS, errno.ENAMETOOLONG, errno.EDQUOT}
+#: Of botocore, before anything is sent. Missing credentials are not among them: a node's may come late.
+_CLIENT_SIDE: dict[type[Exception], type[OSError]] = {
+    ParamValidationError: FileNotFoundError,  # no bucket or key can have that name
+    ProfileNotFound: PermissionError,
+}
 _REMOTE = {"s3": "s3", "s3a": "s3"}
 _PART = 50 * 2**20  # bytes; s3fs moves larger objects in parts
 
 
 class StorageUnavailable(OSError):
     """A transient fault that outlasted its retries."""
+
+
+class Unwritable(OSError):
+    """A place that can take no file: the disk is full, the policy forbids it."""
 
 
 def scheme(uri: str) -> str:
@@ -117,7 +127,20 @@ class Storage:
         return True
 
     def put(self, local: str | Path, uri: str) -> None:
-        """Uploads a local file and checks the size that arrived."""
+        """Uploads a local file and checks the size that arrived.
+
+        Raises:
+            StorageUnavailable: the storage does not answer.
+            Unwritable: no file can be written there.
+        """
+        try:
+            self._put(local, uri)
+        except StorageUnavailable:
+            raise
+        except OSError as error:
+            raise Unwritable(f"{uri}: cannot be written ({describe(error)})") from error
+
+    def _put(self, local: str | Path, uri: str) -> None:
         size = os.path.getsize(local)
         fs, path = self.filesystem(uri, self._tries(size))
         if isinstance(fs, LocalFileSystem):
@@ -231,6 +254,8 @@ class Storage:
                 return operation()
             except Exception as error:
                 if not transient(error):
+                    if kind := _CLIENT_SIDE.get(type(error)):
+                        raise kind(f"{what}: {describe(error)}") from error
                     if type(error) in _PERMANENT and not error.errno:  # from S3, which does not say what it is about
                         raise type(error)(f"{what}: {error}") from error
                     raise
@@ -254,6 +279,8 @@ def transient(error: BaseException) -> bool:
         return False
     if isinstance(error, OSError | asyncio.TimeoutError | TimeoutError):
         return True
+    if type(error) in _CLIENT_SIDE:
+        return False
     return type(error).__module__.split(".")[0] in {"botocore", "aiobotocore", "aiohttp", "urllib3", "http"}
 
 

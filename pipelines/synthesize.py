@@ -126,10 +126,10 @@ def uri_of(scene: Scene, settings: SynthesizeSettings) -> str:
 def _claim(settings: SynthesizeSettings, storage: Storage) -> None:
     """Refuses an output that holds clips of another kind."""
     uri = join(settings.output, "run", "settings.json")
-    mine = settings.model_dump(mode="json")
+    mine = settings.model_dump(mode="json") | {"world_version": WORLD_VERSION}
     if storage.exists(uri):
-        before = json.loads(storage.read(uri))
-        for name in _DECIDES:
+        before = {"world_version": WORLD_VERSION} | json.loads(storage.read(uri))
+        for name in (*_DECIDES, "world_version"):
             if before.get(name) != mine[name]:
                 raise UsageError(
                     f"--output {settings.output}: holds clips of {name}={before.get(name)}, not {mine[name]}; take another folder"

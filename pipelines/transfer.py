@@ -67,9 +67,7 @@ def run(settings: TransferSettings, say: Callable[[str], None] = print) -> dict[
         chosen, left = _choose(settings, ledger, selection.ids, say)
         began, working = time.monotonic(), 0.0
         if chosen:
-            with _source(
-                settings, storage, run_id, chosen, whole=not (left or settings.method or settings.samples)
-            ) as source:
+            with _source(settings, storage, chosen, whole=not (left or settings.method or settings.samples)) as source:
                 working = _execute(settings, storage, ledger, source, chosen, run_id, say)
         summary = {
             "title": "Motion transfer",
@@ -123,6 +121,7 @@ def _with_adapters(
             output=place.removesuffix("/adapters"),
             method=wanted[0].method,
             limit=None,
+            device="cuda" if settings.device == "auto" and settings.transfer.gpus else settings.device,
         )
         tune.tune(tuning, storage, wanted, say)
     elif settings.adapters is None:
@@ -183,14 +182,12 @@ def _choose(
 
 
 @contextlib.contextmanager
-def _source(
-    settings: TransferSettings, storage: Storage, run_id: str, chosen: list[str], *, whole: bool
-) -> Iterator[str]:
+def _source(settings: TransferSettings, storage: Storage, chosen: list[str], *, whole: bool) -> Iterator[str]:
     """What the graph reads: the manifest, or with `--limit` a copy of the chosen rows."""
     if whole:
         yield settings.manifest
         return
-    copy = join(settings.output, "run", f"{run_id}.parquet")
+    copy = join(settings.output, "run", "chosen.parquet")
     manifest.subset(storage, settings.manifest, copy, set(chosen).__contains__)
     try:
         yield copy

@@ -177,9 +177,7 @@ def _make(
     settings: TuneSettings, storage: Storage, chosen: list[AdapterRow], say: Callable[[str], None]
 ) -> list[AdapterRow]:
     """Prepares and trains on the chosen rows; each ends in the index, and is given back as it stands there."""
-    gpus = uses_gpus(settings)  # once: a cluster's GPUs come and go
-    if not gpus and settings.device == "auto" and native(settings.model) is not NANO:
-        say("note: trains on CPUs, as no GPU is seen from here; --device cuda asks the cluster for some")
+    gpus = uses_gpus(settings)
     worker = StageSettings(
         actors=settings.training.workers_per_reference, cpus=settings.training.cpus_per_worker, gpus=float(gpus)
     )
@@ -225,13 +223,17 @@ def index(storage: Storage, output: str) -> dict[str, AdapterRow]:
 
 
 def uses_gpus(settings: TuneSettings) -> bool:
-    """Whether workers have GPUs; `auto` asks a running Ray, or this machine."""
+    """Whether workers have GPUs; `auto` asks this machine.
+
+    Raises:
+        UsageError: this machine has none, but a cluster's nodes may, and the model is no small one.
+    """
     if settings.device != "auto":
         return settings.device == "cuda"
-    if ray.is_initialized():
-        return bool(ray.cluster_resources().get("GPU"))
     import torch
 
+    if not torch.cuda.is_available() and cluster.address_of(settings.ray) and native(settings.model) is not NANO:
+        raise UsageError("--device auto: no GPU is seen from here; say cuda or cpu, for the nodes of the cluster")
     return torch.cuda.is_available()
 
 
@@ -303,6 +305,7 @@ def _train_all(
     from pipelines.training import train_adapter  # brings torch
 
     at_once = min(len(chosen), settings.training.at_once or _room(settings, gpus=gpus)) or 1
+    say(f"{len(chosen)} to train, {at_once} at once")
     began, stopping, told = time.monotonic(), threading.Event(), threading.Lock()
     ended: list[AdapterRow] = []
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from pipelines import cluster, progress
 from pipelines.cluster import RunFailed
@@ -45,7 +46,10 @@ def watched(
     thread.start()
     while thread.is_alive():
         thread.join(progress_s)
-        now = ray.get(tracker.snapshot.remote())
+        try:
+            now = ray.get(tracker.snapshot.remote())
+        except RayError as error:  # Ray itself is gone, or the tracker's process
+            raise RunFailed(f"{cluster.reason(error)[:500]}; the same command goes on from there") from error
         tell(now)
         if thread.is_alive() and now["stalled_s"] > stall_s:
             raise RunFailed(_stall(now["stalled_s"], pools))

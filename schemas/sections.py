@@ -20,7 +20,9 @@ from pydantic_settings import NoDecode
 
 
 def _comma_list(value: Any) -> Any:
-    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
+    if isinstance(value, str):
+        return [part.strip() for part in value.split(",") if part.strip()]
+    return [value] if isinstance(value, int) else value  # one number, in YAML
 
 
 CommaStrings = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_list)]

@@ -7,6 +7,7 @@ Credentials are no settings: they come from the AWS environment or profile only,
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from typing import Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, field_validator, model_validator
@@ -29,6 +30,8 @@ from schemas.sections import (
     TrainingSettings,
     VideoSettings,
 )
+
+_PART: ContextVar[bool] = ContextVar("part", default=False)  # a part's settings are being made, see `JobSettings.like`
 
 
 class JobSettings(BaseSettings):
@@ -58,13 +61,19 @@ class JobSettings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
+        if _PART.get():
+            return (init_settings,)
         return (init_settings, env_settings, YamlConfigSettingsSource(settings_cls))
 
     @classmethod
     def like(cls, other: JobSettings, **own: Any) -> Self:
-        """Settings of a job that is a part of another one: what both have by one name, and its own."""
+        """Settings of a job that is a part of another one: what both have by one name, and its own; nothing of the environment."""
         shared = {name: getattr(other, name) for name in cls.model_fields if name in type(other).model_fields}
-        return cls(**(shared | own))
+        token = _PART.set(True)
+        try:
+            return cls(**(shared | own))
+        finally:
+            _PART.reset(token)
 
 
 class ModelSettings(JobSettings):
@@ -185,7 +194,9 @@ class EvaluateSettings(MeasuringSettings):
 
     run: list[str] = Field(min_length=1, description="output of a transfer; may be given several times")
     output: str = Field(description="folder or prefix for metrics/ and the tables")
-    baseline: str = Field(default="none", description="method that differences are to, or the label of one of its lines in the tables")
+    baseline: str = Field(
+        default="none", description="method that differences are to, or the label of one of its lines in the tables"
+    )
     device: Literal["cpu", "cuda"] = Field(default="cpu", description="where the encoders run")
     measure: StageSettings = StageSettings(actors=2)
     rows_per_block: PositiveInt = Field(default=16, description="videos that are committed together")
@@ -213,9 +224,12 @@ class BenchSettings(ModelSettings, MeasuringSettings):
     methods: CommaStrings = Field(
         default=("none", "ditflow", "fastvmt", "follow_your_motion"), description="methods, comma separated"
     )
-    baseline: str = Field(default="none", description="method that differences are to, or the label of one of its lines in the tables")
+    baseline: str = Field(
+        default="none", description="method that differences are to, or the label of one of its lines in the tables"
+    )
     seeds: CommaInts = Field(default=(0,), description="seeds, comma separated")
     output: str = Field(description="folder or prefix of everything")
+    retry_failed: bool = Field(default=False, description="try failed adapters and videos again")
     method_settings: dict[str, dict[str, Any]] = Field(default_factory=dict, description="as in plan (YAML only)")
     sweep: dict[str, dict[str, list[Any]]] = Field(default_factory=dict, description="as in plan (YAML only)")
     steps: PositiveInt | None = Field(default=None, description="denoising steps; empty: the model's own")
@@ -280,7 +294,9 @@ class TuneSettings(ModelSettings):
     limit: PositiveInt | None = Field(default=None, description="tune on at most this many of the missing references")
     retry_failed: bool = Field(default=False, description="try failed references again")
     dry_run: bool = Field(default=False, description="say what would be trained, and what it would cost")
-    device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where the cluster has GPUs")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto: cuda if this machine has a GPU; on a cluster say which"
+    )
     training: TrainingSettings = TrainingSettings()
     storage: StorageSettings = StorageSettings()
     limits: LimitSettings = LimitSettings()

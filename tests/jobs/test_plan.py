@@ -77,7 +77,9 @@ def test_clips_are_listed_in_many_ways(settings, clips, tmp_path, kind):
     elif kind == "jsonl":
         table.write_text(json.dumps(line) + "\n")
     elif kind == "parquet":
-        table = tmp_path / "start_frame=5" / "references.parquet"  # what folders are called says nothing of a file's rows
+        table = (
+            tmp_path / "start_frame=5" / "references.parquet"
+        )  # what folders are called says nothing of a file's rows
         table.parent.mkdir()
         pq.write_table(pa.Table.from_pylist([line]), table)
     else:
@@ -150,6 +152,22 @@ def test_what_is_left_out_stands_beside_the_manifest(settings, tmp_path):
     assert not Path(f"{wanted.output}/_left_out.csv").exists()
 
 
+def test_a_clip_that_stands_twice_with_prompts_of_its_own_is_not_left_out(settings, clips, tmp_path):
+    lines = [{"uri": str(clips / "line.mp4"), "prompts": prompt} for prompt in ("a fox", "an owl")]
+    (tmp_path / "clips.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    wanted = settings(references=str(tmp_path / "clips.jsonl"), skip_bad=True, methods=("none",))
+    assert {"a fox", "an owl"} < {row.prompt for row in planned(wanted)}
+    assert not Path(f"{wanted.output}/_left_out.csv").exists()
+
+
+def test_names_of_buckets_that_cannot_be_are_bad_clips(settings, clips, tmp_path, bucket):
+    lines = [{"uri": str(clips / "line.mp4")}, {"uri": "s3://no bucket/v.mp4"}]
+    (tmp_path / "clips.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    wanted = settings(references=str(tmp_path / "clips.jsonl"), skip_bad=True)
+    assert {row.reference_uri for row in planned(wanted)} == {str(clips / "line.mp4")}
+    assert "reference_missing" in Path(f"{wanted.output}/_left_out.csv").read_text()
+
+
 def test_shorter_clips_give_fewer_frames(settings, tmp_path):
     clip(tmp_path / "short.mp4", frames=7)
     assert {row.frames for row in planned(settings(references=str(tmp_path / "short.mp4")))} == {5}
@@ -167,6 +185,14 @@ def test_shorter_clips_give_fewer_frames(settings, tmp_path):
             r"sweep: fastvmt: guidance.inner: \[\] must be one value or more",
         ),
         ({"sweep": {"fastvmt": {"guidance.inner": [5, 5]}}}, r"guidance.inner: \[5, 5\] must be .* each once"),
+        (
+            {"sweep": {"fastvmt": {"guidance.inner": [5, "5"]}}},
+            "sweep: fastvmt: some of its values mean the same settings",
+        ),
+        (
+            {"sweep": {"fastvmt": {"guidance.inner": [5]}}, "method_settings": {"fastvmt": {"guidance": None}}},
+            "sweep: guidance.inner: guidance is None in method_settings, no group of settings",
+        ),
         (
             {"methods": ("none", "follow_your_motion")},
             "line.mp4 and 1 more: no caption, which follow_your_motion is tuned with",

@@ -83,6 +83,12 @@ def test_plan_takes_the_dataset_with_its_captions_and_categories(made, model, pr
 
 def test_other_settings_need_another_output(made):
     output, _ = made
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthesize, "WORLD_VERSION", 0)
+        with pytest.raises(UsageError, match=r"holds clips of world_version=\d+, not 0; take another folder"):
+            synthesize.run(
+                SynthesizeSettings(count=2, output=str(output), height=48, width=64, frames=5, track_spacing=16)
+            )
     with pytest.raises(UsageError, match=r"holds clips of height=48, not 64; take another folder"):
         synthesize.run(SynthesizeSettings(count=2, output=str(output), height=64, width=64, frames=5))
 

@@ -1,5 +1,7 @@
 """What a run asks of its cluster."""
 
+import contextlib
+
 import pytest
 from ray.data.checkpoint import CheckpointConfig
 
@@ -17,6 +19,9 @@ def asked(monkeypatch):
         monkeypatch.setattr(cluster.ray, name, lambda **_: None)
     there = {"CPU": 64.0, "GPU": 3.0, "memory": 8.0 * 2**30}
     monkeypatch.setattr(cluster.ray, "cluster_resources", lambda: there)
+    nodes = [{"Alive": True, "Resources": {"CPU": 32.0, "GPU": 2.0, "memory": 8.0 * 2**30}}]
+    nodes += [{"Alive": True, "Resources": {"CPU": 32.0, "GPU": 1.0}}, {"Alive": False, "Resources": {"CPU": 64.0}}]
+    monkeypatch.setattr(cluster.ray, "nodes", lambda: nodes)
     return found
 
 
@@ -40,9 +45,9 @@ def test_memory_is_asked_for_and_an_actor_that_takes_nothing_is_not(asked):
 
 def test_pools_that_work_one_after_the_other_need_no_more_than_the_larger(asked):
     """Preparing and training on the same three GPUs."""
-    turns = (StageSettings(gpus=1, actors=2),), (StageSettings(gpus=3),)
+    turns = (StageSettings(gpus=1, actors=2),), (StageSettings(gpus=1, actors=3),)
     with cluster.connected(RaySettings(address="head:6379", wait_s=0), *turns):
-        assert [bundles.count({"CPU": 1.0, "GPU": 1.0}) for bundles in asked[::2]] == [2, 0]
+        assert [bundles.count({"CPU": 1.0, "GPU": 1.0}) for bundles in asked[::2]] == [2, 3]
     with (
         pytest.raises(cluster.RunFailed),
         cluster.connected(RaySettings(address="head:6379", wait_s=0), sum(turns, ())),
@@ -73,6 +78,20 @@ def test_what_is_still_lacking_after_the_wait_is_said_and_asked_for_no_more(aske
     ):
         raise AssertionError("it began")
     assert asked[-1] == "group"
+
+
+@pytest.mark.parametrize(
+    ("stage", "lacking"),
+    [
+        ({"cpus": 48}, "a node with 48 CPUs for an actor"),
+        ({"gpus": 2, "cpus": 40}, "a node with 40 CPUs, 2 GPUs for an actor"),
+        ({"gpus": 2, "memory_gib": 8}, None),
+    ],
+)
+def test_an_actor_that_fits_no_node_is_said(asked, stage, lacking):
+    told = pytest.raises(cluster.RunFailed, match=f"lacks {lacking}") if lacking else contextlib.nullcontext()
+    with told, cluster.connected(RaySettings(address="head:6379", wait_s=0), (StageSettings(**stage),)):
+        pass
 
 
 def test_a_ray_of_its_own_needs_no_autoscaler(asked, monkeypatch):

@@ -11,7 +11,16 @@ from pipelines.cluster import RunFailed
 from pipelines.ledger import Ledger
 from pipelines.storage import Storage
 from pipelines.training import folder_of
-from schemas import AdapterRow, ErrorCode, LimitSettings, RowError, TransferSettings, TuneSettings
+from schemas import (
+    AdapterRow,
+    ErrorCode,
+    LimitSettings,
+    RaySettings,
+    RowError,
+    TransferSettings,
+    TuneSettings,
+    UsageError,
+)
 from support.jobs import row, write_manifest
 from vmt_core.adapters import files
 from vmt_core.adapters.settings import TUNING_VERSION, FollowYourMotion
@@ -206,3 +215,13 @@ def test_failed_references_are_tried_again_a_few_at_a_time(settings, monkeypatch
     again = settings.model_copy(update={"retry_failed": True, "limit": 1})
     summary = tune.tune(again, storage, rows, say=lambda _: None)
     assert (summary["ok"], summary["failed"], summary["left"]) == (1, 1, 0)
+
+
+def test_where_a_cluster_trains_is_said_not_guessed(settings, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    real = settings.model_copy(update={"model": "/weights/wan", "ray": RaySettings(address="head:6379")})
+    with pytest.raises(UsageError, match="--device auto: no GPU is seen from here; say cuda or cpu"):
+        tune.uses_gpus(real)
+    assert tune.uses_gpus(real.model_copy(update={"device": "cuda"}))
+    assert not tune.uses_gpus(real.model_copy(update={"device": "cpu"}))
+    assert not tune.uses_gpus(real.model_copy(update={"ray": RaySettings()}))

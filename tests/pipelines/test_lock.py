@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from unittest.mock import Mock
 
 import pytest
 
@@ -137,6 +138,12 @@ def test_a_storage_that_does_not_answer_is_no_wrong_usage(uri, monkeypatch):
     monkeypatch.setattr(Storage, "create", fails)
     with pytest.raises(StorageUnavailable, match="503"), lock.held(Storage(), uri):
         pass
+
+
+def test_what_went_wrong_is_not_hidden_by_a_lock_that_cannot_be_released(uri, monkeypatch):
+    with pytest.raises(RunFailed, match="the disk is full"), lock.held(Storage(), uri):
+        monkeypatch.setattr(Storage, "read", Mock(side_effect=StorageUnavailable("503")))
+        raise RunFailed("the disk is full")
 
 
 def test_a_process_of_another_container_on_this_host_is_not_taken_for_dead(uri, monkeypatch):

@@ -168,3 +168,11 @@ def test_a_prefix_without_a_model_is_refused(bucket):
 
 def test_a_local_folder_is_left_to_the_core(tmp_path):
     assert models.local(str(tmp_path), Storage()) == str(tmp_path)
+
+
+def test_the_embedded_model_is_no_folder_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("wan-nano", "mine"):
+        (tmp_path / name).mkdir()
+    assert models.anywhere("wan-nano") == "wan-nano"
+    assert models.anywhere("mine") == str(tmp_path / "mine")

@@ -6,6 +6,7 @@ import pytest
 from pipelines import tracker
 from pipelines.stage import STATE, Cache, Stage, begin
 from pipelines.stages import Transfer, reference_key
+from pipelines.storage import StorageUnavailable, Unwritable
 from schemas import ManifestRow, TransferSettings
 from support.jobs import row
 from vmt_core.faults import device_is_broken, out_of_memory
@@ -110,6 +111,13 @@ class Raises(Stage):
 
     def work(self, rows, *, smaller):
         raise self.error
+
+
+def test_an_output_that_takes_no_files_ends_the_run_not_its_rows():
+    with pytest.raises(Unwritable, match="the disk is full"):
+        Raises(Unwritable("the disk is full"))._attempt([{"sample_id": "a"}, {"sample_id": "b"}])
+    (outcome,) = Raises(StorageUnavailable("503"))._attempt([{"sample_id": "a"}])
+    assert outcome.code == "storage_unavailable"
 
 
 def test_a_process_that_cannot_use_its_gpu_any_more_ends_before_it_fails_good_rows(monkeypatch, capsys):

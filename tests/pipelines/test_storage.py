@@ -19,7 +19,7 @@ import pytest
 from botocore.config import Config
 
 from pipelines import storage as module
-from pipelines.storage import Storage, StorageUnavailable, join, scheme, sha256, transient
+from pipelines.storage import Storage, StorageUnavailable, Unwritable, join, scheme, sha256, transient
 from schemas import RowError, StorageSettings
 from support.fault_proxy import FaultProxy, Rule
 
@@ -133,6 +133,15 @@ def test_put_and_fetch(storage, root, tmp_path):
     storage.put(tmp_path / "up", f"{root}/v.mp4")
     assert storage.fetch(f"{root}/v.mp4", tmp_path / "down", most_bytes=MUCH, digest=DIGEST) == DIGEST
     assert (tmp_path / "down").read_bytes() == DATA
+
+
+def test_a_place_that_takes_no_file_is_told_from_one_that_does_not_answer(storage, tmp_path, monkeypatch):
+    (tmp_path / "videos").write_text("a file")
+    with pytest.raises(Unwritable, match=r"videos/v\.mp4: cannot be written"):
+        storage.put(__file__, str(tmp_path / "videos" / "v.mp4"))
+    monkeypatch.setattr(module, "_write_local", Mock(side_effect=StorageUnavailable("503")))
+    with pytest.raises(StorageUnavailable, match="503"):
+        storage.put(__file__, str(tmp_path / "v.mp4"))
 
 
 def test_what_cannot_be_fetched_says_why(storage, root, tmp_path):
@@ -381,6 +390,20 @@ def test_a_refusal_is_not_tried_again(stumbling, tmp_path):
     with pytest.raises(PermissionError, match=f"read {uri}"):
         storage.read(uri)
     assert len(proxy.hits) == 2
+
+
+def test_a_name_that_no_bucket_can_have_is_a_fact_about_the_row(storage, bucket, tmp_path):
+    code, message = failure(storage.fetch, "s3://no bucket/v.mp4", tmp_path / "down", most_bytes=MUCH)
+    assert code == "reference_missing" and "s3://no bucket/v.mp4" in message
+    with pytest.raises(Unwritable, match=r"s3://no bucket/v\.mp4: cannot be written .*Invalid bucket name"):
+        storage.put(__file__, "s3://no bucket/v.mp4")
+
+
+def test_a_profile_that_is_not_there_is_said_at_once(tmp_path, bucket):
+    sleep = Mock()
+    with pytest.raises(PermissionError, match=r"The config profile \(nobody\) could not be found"):
+        Storage(StorageSettings(profile="nobody"), sleep=sleep).read(f"s3://{bucket}/v.mp4")
+    assert not sleep.called
 
 
 def test_a_bucket_that_is_not_there_is_named(storage, s3_server):

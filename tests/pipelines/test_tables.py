@@ -163,7 +163,11 @@ def test_differences_are_to_one_choice_of_settings():
 
     near = partial(pytest.approx, abs=1e-9)
     assert differences("none") == {"none strength=0.5": None, "none strength=1.0": near(-0.4), "fastvmt": near(0.1)}
-    assert differences("none strength=1.0") == {"none strength=1.0": None, "none strength=0.5": near(0.4), "fastvmt": near(0.5)}
+    assert differences("none strength=1.0") == {
+        "none strength=1.0": None,
+        "none strength=0.5": near(0.4),
+        "fastvmt": near(0.5),
+    }
 
 
 def test_the_order_of_rows_does_not_matter():

@@ -2,8 +2,10 @@
 
 import threading
 import time
+from unittest.mock import Mock
 
 import pytest
+from ray.exceptions import RaySystemError
 
 from pipelines import watch
 from pipelines.cluster import RunFailed
@@ -49,4 +51,13 @@ def test_work_that_no_longer_moves_is_given_up_with_what_is_lacking():
     for_ever = threading.Event()
     with pytest.raises(RunFailed, match="no row began or ended for 6 s: the actors did not start"):
         watched(for_ever.wait, stalled_s=6.0)
+    for_ever.set()
+
+
+@pytest.mark.timeout(60)
+def test_a_ray_that_is_gone_ends_the_run(monkeypatch):
+    for_ever = threading.Event()
+    monkeypatch.setattr(watch.ray, "get", Mock(side_effect=RaySystemError("the head node died")))
+    with pytest.raises(RunFailed, match=r"RaySystemError: .*the head node died; the same command goes on from there"):
+        watched(for_ever.wait)
     for_ever.set()

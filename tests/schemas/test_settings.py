@@ -6,7 +6,7 @@ import pytest
 from pydantic import BaseModel, ValidationError
 
 import schemas
-from schemas import LimitSettings, PlanSettings, StageSettings, StorageSettings, TransferSettings, cli
+from schemas import BenchSettings, LimitSettings, PlanSettings, StageSettings, StorageSettings, TransferSettings, cli
 from schemas.sections import Section
 from schemas.settings import JobSettings
 
@@ -133,3 +133,17 @@ def test_an_endpoint_holds_no_credentials():
 
 def test_one_import_gives_all_that_others_need():
     assert all(hasattr(schemas, name) for name in schemas.__all__)
+
+
+def test_a_part_of_a_job_takes_nothing_from_the_environment(monkeypatch):
+    monkeypatch.setenv("VMT_LIMIT", "2")
+    monkeypatch.setenv("VMT_SAMPLES", "abc")
+    whole = BenchSettings(output="o", transfer={"batch_rows": 3}, retry_failed=True)
+    part = TransferSettings.like(whole, manifest="m")
+    assert (part.limit, part.samples) == (None, ())
+    assert (part.output, part.transfer.batch_rows, part.retry_failed) == ("o", 3, True)
+    assert TransferSettings(manifest="m", output="o").limit == 2
+
+
+def test_one_number_in_a_file_is_a_list_of_one():
+    assert plan(seeds=5).seeds == (5,)
