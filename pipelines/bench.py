@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipelines import evaluate, plan, suites, synthesize, tables, transfer
+from pipelines import evaluate, plan, suites, synthesize, transfer
 from pipelines.storage import Storage, absolute, join
 from schemas import (
     BenchSettings,
@@ -76,9 +76,8 @@ def run(settings: BenchSettings, say: Callable[[str], None] = print) -> dict[str
             device="cuda" if settings.measure.gpus else "cpu",
         )
     )
-    summary = evaluate.run(measured, say)
+    summary, lines = evaluate.compared(measured, say)
     about = made | {"title": f"Benchmark: {settings.suite}"}
-    lines = tables.compare(evaluate.read(measured, storage), measured.baseline, measured.bootstrap)
     page = evaluate.page(measured, storage, about, settings.output, lines)
     storage.write(join(settings.output, "report.html"), page.encode())
     storage.write(join(settings.output, "comparison.csv"), storage.read(join(measured.output, "comparison.csv")))

@@ -42,6 +42,14 @@ _DRAWN = 500  # of those, the ones whose tracks can be drawn over the videos
 def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Measures what is not measured yet and writes the tables; returns the summary that it also writes to EVAL/run/summary.json.
 
+    Raises as `compared` does.
+    """
+    return compared(settings, say)[0]
+
+
+def compared(settings: EvaluateSettings, say: Callable[[str], None]) -> tuple[dict[str, Any], list[tables.Line]]:
+    """The same, with the lines of the comparison.
+
     Raises:
         UsageError: a run has no results.
         RunFailed: it stopped before its end; the same command goes on from there.
@@ -111,7 +119,7 @@ def run(settings: EvaluateSettings, say: Callable[[str], None] = print) -> dict[
     for name, reason in summary["absent"].items():
         say(f"{name}: not measured ({reason})")
     say(f"tables  {join(settings.output, 'comparison.md')}")
-    return summary
+    return summary, lines
 
 
 def everywhere(settings: EvaluateSettings) -> EvaluateSettings:

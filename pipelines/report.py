@@ -25,7 +25,7 @@ from urllib.parse import quote
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from pipelines import formats, plots, tables
+from pipelines import formats, plots, progress, tables
 from pipelines.tables import Line
 from schemas.errors import ErrorCode
 from schemas.rows import ResultRow
@@ -263,7 +263,12 @@ def _header(rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> di
     means = means if isinstance(means, Mapping) else {}
     stages = [(name, _number(means.get(name)) or 0.0) for name in _STAGES]
     started, finished = _moment(summary.get("started_at")), _moment(summary.get("finished_at"))
-    rate, versions = _number(summary.get("videos_per_hour")), summary.get("versions")
+    rate, seconds, versions = (
+        _number(summary.get("videos_per_hour")),
+        _number(summary.get("seconds")),
+        summary.get("versions"),
+    )
+    tuning = sum(about["seconds"] for about in summary.get("adapters") or ())
     versions = versions if isinstance(versions, Mapping) else {}
     return {
         "title": str(summary.get("title") or "Motion transfer"),
@@ -285,7 +290,7 @@ def _header(rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> di
         "selected": None if selected is None else f"{selected:,}",
         # a run that found nothing left to make has neither
         "rate": _short(rate) if rate else None,
-        "duration": _duration(_number(summary.get("seconds")) or None),
+        "duration": progress.duration(seconds) if seconds else None,
         "stages": [
             {"name": name, "seconds": _short(seconds), "x": x, "width": width}
             for (name, seconds), (_, x, width) in zip(stages, _shares(stages), strict=True)
@@ -294,7 +299,7 @@ def _header(rows: Iterable[Mapping[str, Any]], summary: Mapping[str, Any]) -> di
         "stage_total": _short(sum(seconds for _, seconds in stages)),
         "versions": {str(name): str(value) for name, value in versions.items()},
         "adapters": [_adapter(about) for about in summary.get("adapters") or ()],
-        "tuning": _duration(sum(about["seconds"] for about in summary.get("adapters") or ()) or None),
+        "tuning": progress.duration(tuning) if tuning else None,
     }
 
 
@@ -369,16 +374,6 @@ def _count(value: Any) -> int | None:
 def _short(value: float) -> str:
     """Three digits or so: 0.042, 1.25, 48.1, 1,204."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _duration(seconds: float | None) -> str | None:
-    """`42 s`, `7.1 min`, `3.3 h`."""
-    if seconds is None:
-        return None
-    for unit, size in (("h", 3600.0), ("min", 60.0)):
-        if seconds >= size:
-            return f"{seconds / size:,.1f} {unit}"
-    return f"{seconds:.3g} s"
 
 
 def _moment(value: Any) -> str | None:
