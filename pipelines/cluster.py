@@ -15,6 +15,7 @@ from typing import Any
 
 import ray
 from ray.data import ActorPoolStrategy, DataContext
+from ray.exceptions import RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 
 from schemas import RaySettings, StageSettings
@@ -62,7 +63,10 @@ def reason(error: BaseException) -> str:
     """The line of an engine's error that says what happened: the first cause, not how the engine met it."""
     first = str(error).split("The above exception was the direct cause", 1)[0]
     lines = [text.strip() for text in first.splitlines() if text.strip()]
-    return f"{type(error).__name__}: {lines[-1] if lines else ''}"
+    line = lines[-1] if lines else ""
+    return (
+        line if isinstance(error, RayTaskError) else f"{type(error).__name__}: {line}"
+    )  # whose last line names the cause's type
 
 
 def address_of(settings: RaySettings) -> str | None:
