@@ -161,8 +161,13 @@ def test_a_reference_is_prepared_once_for_all_adapters_on_it_and_fails_for_all(s
 
 @pytest.mark.parametrize(
     ("flags", "expected"),
-    [({}, [1, 2, 3]), ({"limit": 2}, [1, 2]), ({"retry_failed": True}, [0, 1, 2, 3])],
-    ids=["missing", "limit", "failed ones, too"],
+    [
+        ({}, [1, 2, 3]),
+        ({"limit": 2}, [1, 2]),
+        ({"retry_failed": True}, [0, 1, 2, 3]),
+        ({"transfer": {"gpus": 0.5}}, [1, 2, 3]),
+    ],
+    ids=["missing", "limit", "failed ones, too", "where rows are denoised"],
 )
 def test_only_adapters_of_rows_that_are_to_be_made_are_tuned(tmp_path, monkeypatch, flags, expected):
     own = {"method": "follow_your_motion", "method_settings": '{"preset":"nano"}', "caption": "a red circle"}
@@ -177,9 +182,11 @@ def test_only_adapters_of_rows_that_are_to_be_made_are_tuned(tmp_path, monkeypat
     selection = transfer.manifest.check(Storage(), chosen.manifest, revision=rows[0].model_revision)
     monkeypatch.setattr(Ledger, "done", lambda self: {rows[0].sample_id: "crashed"})
     asked = []
-    monkeypatch.setattr(transfer.tune, "tune", lambda settings, storage, wanted, say: asked.extend(wanted))
+    monkeypatch.setattr(transfer.tune, "tune", lambda *args: asked.append(args))
     transfer._with_adapters(chosen, Storage(), selection, say=lambda _: None)
-    assert [int(one.reference_digest, 16) for one in asked] == expected
+    ((tuning, _, wanted, _),) = asked
+    assert [int(one.reference_digest, 16) for one in wanted] == expected
+    assert (tuning.limit, tuning.device) == (None, "cuda" if "transfer" in flags else "auto")
 
 
 def test_a_checkpoint_of_another_precision_is_not_gone_on_with(tmp_path):
