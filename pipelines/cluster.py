@@ -64,9 +64,9 @@ def reason(error: BaseException) -> str:
     first = str(error).split("The above exception was the direct cause", 1)[0]
     lines = [text.strip() for text in first.splitlines() if text.strip()]
     line = lines[-1] if lines else ""
-    return (
-        line if isinstance(error, RayTaskError) else f"{type(error).__name__}: {line}"
-    )  # whose last line names the cause's type
+    if isinstance(error, RayTaskError):  # its last line names the type of the cause
+        return line
+    return f"{type(error).__name__}: {line}"
 
 
 def address_of(settings: RaySettings) -> str | None:

@@ -80,9 +80,8 @@ def held(storage: Storage, uri: str, *, renew_s: float = RENEW_S) -> Iterator[No
         thread.join()
         if ignored:
             signal.signal(signal.SIGINT, signal.SIG_IGN)
-        with contextlib.suppress(
-            OSError
-        ):  # what went wrong before matters more; a lock that nobody renews is taken over
+        # what went wrong before matters more; a lock that nobody renews is taken over
+        with contextlib.suppress(OSError):
             if _owner(storage, uri).get("token") == mine["token"]:
                 storage.delete(uri)
 
