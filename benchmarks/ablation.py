@@ -51,7 +51,6 @@ def main() -> None:
     reader = judge.cached(arguments.judge)
     print(f"judge on real clips: {judge.accuracy(reader, clips=100)}", flush=True)
     backbone = Backbone.load(arguments.model)
-    backbone.checkpoint_policy = NANO.checkpoint
     categories = arguments.categories.split(",")
     chosen = transfers.pairs(arguments.pairs, NANO, arguments.first, categories)
     sampling = Sampling(NANO.steps, NANO.shift, NANO.guidance_scale, cfg="batched")

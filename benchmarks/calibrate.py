@@ -142,7 +142,6 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     backbone = Backbone.load(arguments.model)
-    backbone.checkpoint_policy = NANO.checkpoint
     if arguments.what == "reading":
         reading(backbone, arguments.clips)
         return

@@ -134,7 +134,6 @@ def ablation(arguments: argparse.Namespace) -> None:
     """Every variant on the same references and prompts."""
     reader = judge.cached(arguments.judge)
     backbone = Backbone.load(arguments.model, dtype=torch.float32)
-    backbone.checkpoint_policy = NANO.checkpoint
     references = transfers.pairs(arguments.references, NANO, first=2_000)
     pairs = [
         transfers.Pair(one.reference, wanted, seed=one.seed + 100 * turn)

@@ -6,6 +6,7 @@ becomes that row's failure in the run.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -62,19 +63,19 @@ def check(
         UsageError: one line per fault: columns, types, values, duplicate ids, ids that are not the digest of their row,
             methods that cannot be built, another model revision.
     """
-    faults: list[str] = []
+    faults: dict[str, list[str]] = {}  # what is wrong -> where
     selection = Selection()
     seen: set[str] = set()
     methods: dict[tuple[str, str], Method | str] = {}
     for name in files(storage, uri):
         if wrong := _columns(storage, name):
-            faults += wrong
+            faults |= {fault: [] for fault in wrong}
             continue
         row = -1
         for values in _rows(storage, name):
             row += 1
             if fault := _fault(values, seen, methods, revision, selection.adapters):
-                faults.append(f"{name}, row {row}: {fault}")
+                faults.setdefault(fault, []).append(f"{name}, row {row}")
             selection.methods.add(values["method"])
             if method in (None, values["method"]) and (not samples or values["sample_id"] in samples):
                 selection.ids.append(values["sample_id"])
@@ -83,8 +84,9 @@ def check(
     chosen = set(selection.needs.values())
     selection.adapters = {key: row for key, row in selection.adapters.items() if key in chosen}
     if faults:
+        lines = [_line(fault, places) for fault, places in list(faults.items())[:_SHOWN_FAULTS]]
         more = [f"… and {len(faults) - _SHOWN_FAULTS} more"] if len(faults) > _SHOWN_FAULTS else []
-        raise UsageError("\n".join([*faults[:_SHOWN_FAULTS], *more]))
+        raise UsageError("\n".join([*lines, *more]))
     if missing := sorted(set(samples) - seen):
         raise UsageError(f"--manifest {uri}: has no rows with the ids {', '.join(missing[:_SHOWN_FAULTS])}")
     if not selection.ids:
@@ -94,15 +96,43 @@ def check(
     return selection
 
 
+def _line(fault: str, places: Sequence[str]) -> str:
+    """A fault with the row that has it, and how many others do."""
+    if not places:
+        return fault
+    others = f" (and {len(places) - 1:,} more rows)" if len(places) > 1 else ""
+    return f"{places[0]}{others}: {fault}"
+
+
+def parts(storage: Storage, folder: str) -> list[str]:
+    """The files of a manifest that lies in a folder already.
+
+    Raises:
+        UsageError: other Parquet files are there, which would be read as part of the manifest.
+    """
+    old = [uri for uri in storage.find(folder) if uri.endswith(".parquet")]
+    if others := [uri for uri in sorted(old) if not _PART.fullmatch(uri.removeprefix(absolute(folder) + "/"))]:
+        raise UsageError(f"--output {folder}: holds {others[0]}, which is no manifest; take a folder of its own")
+    return old
+
+
+def count(storage: Storage, names: Sequence[str]) -> int:
+    """Rows of some Parquet files; those that are none count for none."""
+    total = 0
+    for name in names:
+        filesystem, path = storage.arrow(name)
+        with contextlib.suppress(pa.ArrowInvalid):
+            total += pq.read_metadata(path, filesystem=filesystem).num_rows
+    return total
+
+
 def write(storage: Storage, folder: str, rows: Sequence[ManifestRow], *, rows_per_file: int = 50_000) -> list[str]:
     """Writes rows as a manifest, in order; it replaces the one that lies in the folder, and nothing else there.
 
     Raises:
         UsageError: other Parquet files are there, which would be read as part of the manifest.
     """
-    old = {uri for uri in storage.find(folder) if uri.endswith(".parquet")}
-    if others := [uri for uri in sorted(old) if not _PART.fullmatch(uri.removeprefix(absolute(folder) + "/"))]:
-        raise UsageError(f"--output {folder}: holds {others[0]}, which is no manifest; take a folder of its own")
+    old = set(parts(storage, folder))
     written = []
     for part, begin in enumerate(range(0, len(rows), rows_per_file)):
         values = [row.model_dump() for row in rows[begin : begin + rows_per_file]]
@@ -176,7 +206,10 @@ def _fault(
     if row.sample_id != sample_id(values):
         return f"sample_id {row.sample_id} is not the digest of the row (it was edited by hand?); plan again"
     if row.model_revision != revision:
-        return f"was planned for revision {row.model_revision} of {row.model}, but these weights are {revision}; plan again"
+        return (
+            f"was planned for {row.model} (revision {row.model_revision}), but --model has revision {revision}: "
+            f"give --model {row.model}, or plan again"
+        )
     if row.video_version != VIDEO_VERSION:
         return f"was planned for video_version {row.video_version}, this is {VIDEO_VERSION}; plan again"
     key = (row.method, row.method_settings)

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 
 from pipelines import adapters, manifest, models, progress
 from pipelines.references import Clip, open_all, references
-from pipelines.storage import Storage, absolute, join
-from schemas import ManifestRow, PlanSettings, UsageError, first_fault
+from pipelines.storage import Storage, StorageUnavailable, absolute, describe, join
+from schemas import ManifestRow, PlanSettings, Reference, UsageError, first_fault
 from vmt_core import flops
 from vmt_core.backbone import nano
 from vmt_core.backbone.geometry import Geometry
@@ -50,10 +50,19 @@ def run(settings: PlanSettings, say: Callable[[str], None] = print) -> dict[str,
     except FileNotFoundError as error:
         raise UsageError(f"--model {error}") from error
     _blocks_exist(methods, config)
+    replaced = manifest.parts(storage, settings.output)
+    most = settings.limits.max_prompt_chars
+    if len(settings.negative_prompt) > most:
+        raise UsageError(
+            f"--negative-prompt: has {len(settings.negative_prompt):,} characters, limits.max_prompt_chars is {most:,}"
+        )
     for method in methods:
         if method.adapter is not None:
             adapters.check_head_file(storage, method.adapter.tuning, settings.limits.schemes)
     found = references(storage, settings.references)
+    _captions(settings, methods, found)
+    for reference in found:
+        _asked(reference, prompts, most)
     clips, bad = open_all(storage, settings, found, say)
     for _, error in bad[:_SHOWN_BAD]:
         say(f"bad clip: {error.code}: {error.message}")
@@ -65,8 +74,7 @@ def run(settings: PlanSettings, say: Callable[[str], None] = print) -> dict[str,
         )
     if not clips:
         raise UsageError(f"--references {settings.references}: no usable clip")
-    _captions(settings, methods, clips)
-    asked = [_asked(clip, prompts, settings.limits.max_prompt_chars) for clip in clips]
+    asked = [_asked(clip.reference, prompts, most) for clip in clips]
     common = {
         "model": settings.model,
         "model_revision": revision,
@@ -85,7 +93,14 @@ def run(settings: PlanSettings, say: Callable[[str], None] = print) -> dict[str,
         for seed in settings.seeds
     ]
     rows, repeated = _once(rows, settings.skip_bad)
-    manifest.write(storage, settings.output, rows)
+    if replaced:
+        say(f"replaces the manifest of {manifest.count(storage, replaced):,} rows that lay there")
+    try:
+        manifest.write(storage, settings.output, rows)
+    except StorageUnavailable:
+        raise
+    except OSError as error:
+        raise UsageError(f"--output {settings.output}: cannot be written ({describe(error)})") from error
     left_out = [(reference.uri, error.code.value, error.message) for reference, error in bad]
     left_out += [(uri, "duplicate", f"the same clip as {other}") for uri, other in repeated.items()]
     if left_out:
@@ -109,6 +124,10 @@ def run(settings: PlanSettings, say: Callable[[str], None] = print) -> dict[str,
         f"estimate: {estimate['evaluations']:,} guidance gradients, {estimate['flops']:.3g} FLOPs, "
         f"{progress.gpu_time(estimate['flops'], settings.tflops)} (the denoiser alone), about {progress.size(estimate['bytes'])} of video"
     )
+    longest = settings.frames or defaults.frames
+    if shorter := Counter(row.frames for row in rows if row.frames < longest):
+        told = ", ".join(f"{count:,} of {frames}" for frames, count in sorted(shorter.items()))
+        say(f"note: clips too short for {longest} frames give fewer: {told}")
     if settings.model == nano.NAME:
         say(f"note: {nano.NOTICE}")
     if wanted := {row.adapter_id for row in rows if row.adapter_id}:
@@ -118,6 +137,11 @@ def run(settings: PlanSettings, say: Callable[[str], None] = print) -> dict[str,
 
 
 def _prompts(storage: Storage, uri: str) -> list[str]:
+    if uri.lower().endswith((".csv", ".tsv", ".jsonl", ".parquet")):
+        raise UsageError(
+            f"--prompts {uri}: is a table; prompts are a text file, one a line. Clips of a references table may have "
+            "their own, in a column prompts"
+        )
     try:
         text = storage.read(uri).decode("utf-8-sig")
     except FileNotFoundError as error:
@@ -126,9 +150,7 @@ def _prompts(storage: Storage, uri: str) -> list[str]:
         raise UsageError(f"--prompts {uri}: is a folder; give a text file, one prompt a line") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"--prompts {uri}: not UTF-8 text ({error})") from error
-    prompts = (
-        _vbench(uri, text) if uri.endswith(".json") else [line.strip() for line in text.splitlines() if line.strip()]
-    )
+    prompts = _vbench(uri, text) if uri.endswith(".json") else _lines(text)
     if not prompts:
         raise UsageError(f"--prompts {uri}: no prompt in it; one a line")
     if repeated := [prompt for prompt, count in Counter(prompts).items() if count > 1]:
@@ -136,20 +158,25 @@ def _prompts(storage: Storage, uri: str) -> list[str]:
     return prompts
 
 
+def _lines(text: str) -> list[str]:
+    """Those that say something; a prompt may hold what `splitlines` takes for their end."""
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
 def _vbench(uri: str, text: str) -> list[str]:
     """Prompts of a list as VBench has them: `[{"prompt_en": "…", …}, …]`."""
     try:
-        return [str(entry["prompt_en"]).strip() for entry in json.loads(text)]
+        return [prompt for entry in json.loads(text) for prompt in _lines(str(entry["prompt_en"]))]
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f'--prompts {uri}: not a list of {{"prompt_en": "…"}}: {type(error).__name__} {error}'
         ) from error
 
 
-def _captions(settings: PlanSettings, methods: list[Method], clips: list[Clip]) -> None:
+def _captions(settings: PlanSettings, methods: list[Method], found: list[Reference]) -> None:
     """Refuses clips that a method cannot be tuned on, unless bad ones may be left out; then their rows fail, and say so."""
     tuned = [method.name for method in methods if method.adapter is not None]
-    bare = [clip.reference.uri for clip in clips if not (clip.reference.caption or "").strip()]
+    bare = [reference.uri for reference in found if not (reference.caption or "").strip()]
     if tuned and bare and not settings.skip_bad:
         raise UsageError(
             f"{bare[0]}{f' and {len(bare) - 1} more' if len(bare) > 1 else ''}: no caption, which {tuned[0]} is tuned with; "
@@ -157,21 +184,21 @@ def _captions(settings: PlanSettings, methods: list[Method], clips: list[Clip]) 
         )
 
 
-def _asked(clip: Clip, prompts: list[str], most: int) -> list[str]:
+def _asked(reference: Reference, prompts: list[str], most: int) -> list[str]:
     """The prompts of a clip: those of all, and its own.
 
     Raises:
         UsageError: there are none, or one is longer than `most` characters.
     """
-    own = [line.strip() for line in (clip.reference.prompts or "").splitlines() if line.strip()]
+    own = _lines(reference.prompts or "")
     if not prompts and not own:
         raise UsageError(
-            f"{clip.reference.uri}: has no prompts; give --prompts FILE, or a column `prompts` in the references table"
+            f"{reference.uri}: has no prompts; give --prompts FILE, or a column `prompts` in the references table"
         )
     asked = list(dict.fromkeys([*prompts, *own]))
     if long := [prompt for prompt in asked if len(prompt) > most]:
         raise UsageError(
-            f"{clip.reference.uri}: a prompt of {len(long[0]):,} characters, limits.max_prompt_chars is {most:,}: {long[0]:.60}…"
+            f"{reference.uri}: a prompt of {len(long[0]):,} characters, limits.max_prompt_chars is {most:,}: {long[0]:.60}…"
         )
     return asked
 

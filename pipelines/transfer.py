@@ -51,6 +51,8 @@ def run(settings: TransferSettings, say: Callable[[str], None] = print) -> dict[
         revision = models.revision(settings.model, storage)
     except FileNotFoundError as error:
         raise UsageError(f"--model {error}") from error
+    if not settings.transfer.gpus and settings.device != "cuda" and settings.model != nano.NAME:
+        say("note: transfer.gpus=0: the transformer runs on CPUs; --transfer.gpus 1 gives each actor a GPU")
     bare = [name for name in ("encode", "finish") if not getattr(settings, name).gpus]
     if settings.transfer.gpus and settings.device != "cuda" and bare:
         say(

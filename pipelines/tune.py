@@ -97,9 +97,10 @@ def method_tuning(settings: TuneSettings, storage: Storage) -> FollowYourMotion:
     preset = settings.preset or native(settings.model).preset
     try:
         tuning = FollowYourMotion.preset(preset, **settings.tuning)
+    except ValidationError as error:
+        raise UsageError(f"tuning: {first_fault(error)}") from error
     except ValueError as error:
-        lines = [line.strip() for line in str(error).splitlines()]
-        raise UsageError(f"--preset {preset}, tuning: {' '.join(lines[:3])}") from error
+        raise UsageError(f"--preset {preset}: {error}") from error
     adapters.check_head_file(storage, tuning, settings.limits.schemes)
     return tuning
 
@@ -260,7 +261,7 @@ def _row(common: dict[str, Any], reference: Reference, clip: Clip | None) -> Ada
     try:
         return AdapterRow.planned(
             **common,
-            reference_uri=absolute(reference.uri),
+            reference_uri=absolute(reference.uri).encode(errors="backslashreplace").decode(),
             reference_digest=clip.digest if clip else f"unread {reference.uri}",
             start_frame=reference.start_frame,
             end_frame=reference.end_frame,

@@ -6,12 +6,16 @@ Wrong input is one line per fault, with the field's name, the value and what is 
 from __future__ import annotations
 
 import difflib
+import io
+import os
 import sys
+from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_settings import CliSettingsSource, SettingsError
 
 from schemas.settings import JobSettings
@@ -32,6 +36,11 @@ def load(cls: type[S], argv: list[str] | None = None) -> S:
     if _take_option(argv, "--settings")[1] is not None:
         fail("--settings: only one file")
     argv = [_kebab(word) for word in argv]
+    for stream in (sys.stdout, sys.stderr):  # names of files may be what the terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    _no_repetition(cls, argv)
+    _no_misspelt_variable()
     job: Any = type(cls.__name__, (cls,), {"__doc__": _usage(cls), "__module__": cls.__module__})
     if path is not None:
         job.model_config = {**cls.model_config, "yaml_file": path}
@@ -59,7 +68,7 @@ def fail(*lines: str) -> NoReturn:
 def _usage(cls: type[JobSettings]) -> str:
     return (
         f"{cls.__doc__} Other options: --settings FILE.yaml reads settings from a file; --print-settings shows "
-        "what would run. Every option is also an environment variable, e.g. VMT_LIMITS__ROW_SECONDS."
+        "what would run. Every option is also an environment variable, e.g. VMT_STORAGE__ATTEMPTS."
     )
 
 
@@ -67,6 +76,28 @@ def _kebab(word: str) -> str:
     """`--limits.row_seconds=5` as `--limits.row-seconds=5`: both spellings are welcome."""
     name, equals, value = word.partition("=")
     return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+def _no_repetition(cls: type[BaseModel], argv: list[str]) -> None:
+    given = Counter(word.partition("=")[0] for word in argv if word.startswith("--"))
+    single = {option for option, field in _fields(cls) if get_origin(field.annotation) not in (tuple, list, dict)}
+    if twice := [name for name, count in given.items() if count > 1 and name in single]:
+        fail(f"{twice[0]}: stands there twice")
+
+
+def _no_misspelt_variable() -> None:
+    """Says which variables of the environment no job reads."""
+    jobs, known = [JobSettings], set()
+    while jobs:
+        job = jobs.pop()
+        jobs += job.__subclasses__()
+        known |= {f"VMT_{name.upper()}" for name in job.model_fields}
+    for name in sorted(os.environ):
+        top = name.partition("__")[0].upper()
+        if top.startswith("VMT_") and top not in known:
+            near = difflib.get_close_matches(top, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            print(f"note: {name} is no setting of any job{hint}", file=sys.stderr)
 
 
 def _take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:
@@ -98,7 +129,7 @@ def _check_yaml(path: str) -> None:
 def _explain_words(cls: type[BaseModel], message: str) -> list[str]:
     """`--limits.row-secs: no such option; did you mean --limits.row-seconds?`; other messages as they are."""
     known, unknown = (
-        [*_options(cls), "--settings", "--print-settings"],
+        [*(option for option, _ in _fields(cls)), "--settings", "--print-settings"],
         message.partition("unrecognized arguments: ")[2].split(),
     )
     lines = []
@@ -108,13 +139,14 @@ def _explain_words(cls: type[BaseModel], message: str) -> list[str]:
     return lines or [f"{message}; see {sys.argv[0]} --help"]
 
 
-def _options(cls: type[BaseModel], prefix: str = "--") -> Iterator[str]:
+def _fields(cls: type[BaseModel], prefix: str = "--") -> Iterator[tuple[str, FieldInfo]]:
+    """Each option with its field."""
     for name, field in cls.model_fields.items():
         option = prefix + name.replace("_", "-")
         if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            yield from _options(field.annotation, f"{option}.")
+            yield from _fields(field.annotation, f"{option}.")
         else:
-            yield option
+            yield option, field
 
 
 def _explain(cls: type[BaseModel], fault: Any) -> str:

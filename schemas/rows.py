@@ -13,7 +13,7 @@ from enum import StrEnum
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
 import pyarrow as pa
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from schemas.errors import ErrorCode
 
@@ -42,12 +42,23 @@ class Reference(Row):
         default=None, ge=1, lt=2**31, description="one past the last frame that counts; empty: to the end"
     )
     fps: float | None = Field(
-        default=None, gt=0, allow_inf_nan=False, description="frames per second to sample at; empty: as the file has"
+        default=None,
+        gt=0,
+        le=240,
+        allow_inf_nan=False,
+        description="frames per second to sample at; empty: as the file has",
     )
     caption: str | None = Field(default=None, description="what the clip shows")
     prompts: str | None = Field(default=None, description="prompts of its own, one a line; beside those of --prompts")
     category: str | None = Field(default=None, description="kind of motion, for tables and filters")
     licence: str | None = Field(default=None, description="licence of the clip, carried through to the result")
+
+    @field_validator("prompts", mode="before")
+    @classmethod
+    def _prompts_may_be_a_list(cls, prompts: Any) -> Any:
+        if isinstance(prompts, list) and all(isinstance(prompt, str) for prompt in prompts):
+            return "\n".join(" ".join(prompt.split()) for prompt in prompts)
+        return prompts
 
     @model_validator(mode="after")
     def _range_is_not_empty(self) -> Self:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -20,14 +21,32 @@ from pydantic_settings import NoDecode
 
 
 def _comma_list(value: Any) -> Any:
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return [value] if isinstance(value, int) else value  # one number, in YAML
+    return [part.strip() for part in value.split(",") if part.strip()] if isinstance(value, str) else value
 
 
+def _seeds(value: Any) -> Any:
+    """`0,1,5-7`, or one number, as in YAML."""
+    parts = [value] if isinstance(value, int) else _comma_list(value)
+    if not isinstance(parts, list | tuple):
+        return parts
+    found: list[Any] = []
+    for part in parts:
+        ends = re.fullmatch(r"(\d{1,18})-(\d{1,18})", str(part))
+        if not ends:
+            found.append(part)
+            continue
+        first, last = map(int, ends.groups())
+        if not first <= last < first + _MOST_SEEDS:
+            raise ValueError(f"{part}: a range goes up, over at most {_MOST_SEEDS:,} seeds")
+        found += range(first, last + 1)
+    return found
+
+
+_MOST_SEEDS = 100_000
+Place = Annotated[str, Field(min_length=1)]  # a file, a folder or a prefix
 CommaStrings = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_list)]
 CommaExports = Annotated[tuple[Literal["comfyui", "merged"], ...], NoDecode, BeforeValidator(_comma_list)]
-CommaInts = Annotated[tuple[int, ...], NoDecode, BeforeValidator(_comma_list)]
+CommaSeeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], NoDecode, BeforeValidator(_seeds)]
 
 
 class Section(BaseModel):

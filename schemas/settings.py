@@ -20,10 +20,11 @@ from pydantic_settings import (
 
 from schemas.rows import MOST_FRAMES, MOST_SIDE
 from schemas.sections import (
-    CommaInts,
+    CommaSeeds,
     CommaStrings,
     DenoiseSettings,
     LimitSettings,
+    Place,
     RaySettings,
     StageSettings,
     StorageSettings,
@@ -79,23 +80,23 @@ class JobSettings(BaseSettings):
 class ModelSettings(JobSettings):
     """Base of the jobs that lay out videos: on which model, how large."""
 
-    model: str = Field(
+    model: Place = Field(
         default="wan-nano", description="wan-nano, a local diffusers folder, a hub id, or an s3:// prefix"
     )
     preset: str | None = Field(
         default=None, description="methods' preset: default, paper, code or nano; empty: the model's own"
     )
     height: PositiveInt | None = Field(
-        default=None, le=MOST_SIDE, description="pixels, a multiple of 16; empty: the model's own"
+        default=None, le=MOST_SIDE, multiple_of=16, description="pixels, a multiple of 16; empty: the model's own"
     )
     width: PositiveInt | None = Field(
-        default=None, le=MOST_SIDE, description="pixels, a multiple of 16; empty: the model's own"
+        default=None, le=MOST_SIDE, multiple_of=16, description="pixels, a multiple of 16; empty: the model's own"
     )
     frames: PositiveInt | None = Field(
         default=None, le=MOST_FRAMES, description="4k+1, fewer for shorter clips; empty: the model's own"
     )
     fps: PositiveFloat | None = Field(
-        default=None, allow_inf_nan=False, description="sample references at this rate; empty: as each file has"
+        default=None, le=240, allow_inf_nan=False, description="sample references at this rate; empty: as each file has"
     )
 
     @field_validator("frames")
@@ -109,26 +110,27 @@ class ModelSettings(JobSettings):
 class PlanSettings(ModelSettings):
     """references x prompts x seeds x methods -> a manifest, one row per video to make."""
 
-    references: str = Field(description="folder, glob, s3:// prefix, or a references table (.parquet, .csv, .jsonl)")
+    references: Place = Field(description="folder, glob, s3:// prefix, or a references table (.parquet, .csv, .jsonl)")
     prompts: str | None = Field(
         default=None,
         description="text file, one prompt a line (or VBench's .json), for every clip; clips of a table may have their own",
     )
     methods: CommaStrings = Field(default=("fastvmt",), description="methods, comma separated")
-    seeds: CommaInts = Field(default=(0,), description="seeds, comma separated")
-    output: str = Field(description="folder or prefix of the manifest to write")
+    seeds: CommaSeeds = Field(default=(0,), description="seeds, comma separated; 0-3 are four")
+    output: Place = Field(description="folder or prefix of the manifest to write")
     dtype: Literal["bfloat16", "float32"] | None = Field(
         default=None,
         description="precision of the transformer; empty: bfloat16, or of wan-nano what this CPU computes faster in",
     )
     method_settings: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="overrides by method, e.g. {fastvmt: {guidance: {inner: 5}}} (YAML only)"
+        default_factory=dict,
+        description="overrides by method, e.g. {fastvmt: {guidance: {inner: 5}}} (in YAML, or as JSON)",
     )
     sweep: dict[str, dict[str, list[Any]]] = Field(
         default_factory=dict,
-        description="values to compare, e.g. {fastvmt: {guidance.inner: [5, 10]}}: a row for every combination (YAML only)",
+        description="values to compare, e.g. {fastvmt: {guidance.inner: [5, 10]}}: a row for every combination (in YAML, or as JSON)",
     )
-    steps: PositiveInt | None = Field(default=None, description="denoising steps; empty: the model's own")
+    steps: PositiveInt | None = Field(default=None, le=1000, description="denoising steps; empty: the model's own")
     shift: PositiveFloat | None = Field(
         default=None, le=1000, description="flow-matching shift; empty: the model's own"
     )
@@ -148,9 +150,11 @@ class PlanSettings(ModelSettings):
 class TransferSettings(JobSettings):
     """A manifest -> videos and result rows. Run it again to make only what is missing."""
 
-    manifest: str = Field(description="manifest to run: a Parquet file, folder or prefix that plan wrote")
-    output: str = Field(description="folder or prefix for videos/, results/ and run/")
-    model: str = Field(default="wan-nano", description="where the weights are; must hold the revision that was planned")
+    manifest: Place = Field(description="manifest to run: a Parquet file, folder or prefix that plan wrote")
+    output: Place = Field(description="folder or prefix for videos/, results/ and run/")
+    model: Place = Field(
+        default="wan-nano", description="where the weights are; must hold the revision that was planned"
+    )
     method: str | None = Field(default=None, description="only rows of this method")
     samples: CommaStrings = Field(default=(), description="only the rows with these ids, comma separated")
     limit: PositiveInt | None = Field(default=None, description="make at most this many of the missing rows")
@@ -192,8 +196,8 @@ class MeasuringSettings(JobSettings):
 class EvaluateSettings(MeasuringSettings):
     """Results of runs -> metrics of every video, tables of methods. Run it again to measure only what is new."""
 
-    run: list[str] = Field(min_length=1, description="output of a transfer; may be given several times")
-    output: str = Field(description="folder or prefix for metrics/ and the tables")
+    run: list[Place] = Field(min_length=1, description="output of a transfer; may be given several times")
+    output: Place = Field(description="folder or prefix for metrics/ and the tables")
     baseline: str = Field(
         default="none", description="method that differences are to, or the label of one of its lines in the tables"
     )
@@ -227,12 +231,14 @@ class BenchSettings(ModelSettings, MeasuringSettings):
     baseline: str = Field(
         default="none", description="method that differences are to, or the label of one of its lines in the tables"
     )
-    seeds: CommaInts = Field(default=(0,), description="seeds, comma separated")
-    output: str = Field(description="folder or prefix of everything")
+    seeds: CommaSeeds = Field(default=(0,), description="seeds, comma separated; 0-3 are four")
+    output: Place = Field(description="folder or prefix of everything")
     retry_failed: bool = Field(default=False, description="try failed adapters and videos again")
-    method_settings: dict[str, dict[str, Any]] = Field(default_factory=dict, description="as in plan (YAML only)")
-    sweep: dict[str, dict[str, list[Any]]] = Field(default_factory=dict, description="as in plan (YAML only)")
-    steps: PositiveInt | None = Field(default=None, description="denoising steps; empty: the model's own")
+    method_settings: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="as in plan (in YAML, or as JSON)"
+    )
+    sweep: dict[str, dict[str, list[Any]]] = Field(default_factory=dict, description="as in plan (in YAML, or as JSON)")
+    steps: PositiveInt | None = Field(default=None, le=1000, description="denoising steps; empty: the model's own")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="auto: cuda where a stage has GPUs")
     encode: StageSettings = StageSettings()
     transfer: DenoiseSettings = DenoiseSettings(max_actors=2)
@@ -249,7 +255,7 @@ class SynthesizeSettings(JobSettings):
     """Procedural clips with exact tracks -> a dataset of videos and Parquet rows. Run it again to make only what is missing."""
 
     count: PositiveInt = Field(description="clips in all")
-    output: str = Field(description="folder or prefix for videos/, references/ and run/")
+    output: Place = Field(description="folder or prefix for videos/, references/ and run/")
     seed: int = Field(default=0, ge=0, lt=2**60, description="the first clip's; each clip has the next one")
     split: Literal["all", "train", "val", "test"] = Field(
         default="all", description="only seeds of this split (18, 1 and 1 of every 20 seeds)"
@@ -284,8 +290,8 @@ class SynthesizeSettings(JobSettings):
 class TuneSettings(ModelSettings):
     """References -> adapters, one training each, several at once. Run it again to make only what is missing."""
 
-    references: str = Field(description="what synthesize wrote, or a references table with a caption column")
-    output: str = Field(description="folder or prefix for adapters/, prepared/ and run/")
+    references: Place = Field(description="what synthesize wrote, or a references table with a caption column")
+    output: Place = Field(description="folder or prefix for adapters/, prepared/ and run/")
     method: str = Field(default="follow_your_motion", description="a method that is tuned")
     tuning: dict[str, Any] = Field(
         default_factory=dict,
@@ -311,7 +317,7 @@ class PretrainSettings(JobSettings):
     stage: Literal["vae", "dit", "decoder"] = Field(
         description="vae first, then dit on its latents; decoder trains the vae's decoder on, and leaves the latents as they are"
     )
-    output: str = Field(
+    output: Place = Field(
         default="out/pretrain", description="folder or prefix for checkpoints, logs and the exported model"
     )
     start: str | None = Field(

@@ -11,37 +11,58 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from jaxtyping import Float
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from vmt_core.adapters import files, masked_lora
 from vmt_core.adapters.masked_lora import Weights
-from vmt_core.backbone import taps
+from vmt_core.backbone import nano, taps
 from vmt_core.backbone.sampler import Schedule, denoiser_calls, noise, noised, sample
 from vmt_core.backbone.wan import Backbone
 from vmt_core.guidance import Guidance, GuidanceLog, optimise
 from vmt_core.methods import Method
+from vmt_core.presets import NANO, WAN
 from vmt_core.shapes import Frames, LatentBatch, Latents, Motion, Text
+
+CfgName = Literal["two_pass", "batched"]
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a video is sampled."""
+    """How a video is sampled; the defaults are those of Wan.
+
+    Raises:
+        ValueError: no steps, a shift that is not positive, a negative guidance_scale, or another cfg.
+    """
 
     steps: int = 50
     shift: float = 5.0
     guidance_scale: float = 5.0
-    cfg: Literal["two_pass", "batched"] = "two_pass"
+    cfg: CfgName = "two_pass"
+
+    def __post_init__(self) -> None:
+        right = self.steps >= 1 and 0 < self.shift < math.inf and 0 <= self.guidance_scale < math.inf
+        if not right or self.cfg not in get_args(CfgName):
+            raise ValueError(
+                f"{self}: steps >= 1, shift > 0, guidance_scale >= 0, cfg {' or '.join(get_args(CfgName))}"
+            )
+
+    @classmethod
+    def native(cls, backbone: Backbone) -> Sampling:
+        """What the model is made for."""
+        own = NANO if backbone.path == nano.folder() else WAN
+        return cls(own.steps, own.shift, own.guidance_scale)
 
 
 @dataclass(frozen=True)
@@ -70,9 +91,12 @@ class Artifact:
         Raises:
             ValueError: another file.
         """
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            about = file.metadata() or {}
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+                about = file.metadata() or {}
+        except SafetensorError as error:
+            raise ValueError(f"{path}: is no safetensors file ({error})") from error
         if not {"latents", "empty"} <= tensors.keys():
             raise ValueError(f"{path}: holds no artifact, only {', '.join(sorted(tensors)[:5]) or 'nothing'}")
         motion = {name.removeprefix("motion."): value for name, value in tensors.items() if name.startswith("motion.")}
@@ -92,6 +116,7 @@ class MotionTransfer:
     """Transfers motion by one method on one backbone.
 
     Args:
+        sampling: by default what the model is made for.
         adapter: of a tuned method: weights by stage, tuned on the reference (`vmt_core.adapters.files.load`). A backbone holds one
             adapter at a time; each `MotionTransfer` puts its own in the place of another's.
 
@@ -121,7 +146,7 @@ class MotionTransfer:
                     f"an adapter has the stages {', '.join(files.STAGES)}, not {', '.join(adapter) or 'none'}"
                 )
             self._attach(adapter)
-        self.sampling = sampling or Sampling()
+        self.sampling = sampling or Sampling.native(backbone)
         self.schedule = Schedule.shifted(self.sampling.steps, self.sampling.shift, method.start.strength or 1.0)
         if method.guidance is not None:
             block = max(tap.block for tap in method.guidance.objective.taps)
@@ -186,7 +211,15 @@ class MotionTransfer:
         negative_prompt: str = "",
         batch: int = 1,
     ) -> list[Frames]:
-        """Videos for every prompt with every seed, prompt-major; each (T, 3, H, W) uint8. `batch` of them are denoised together."""
+        """Videos for every prompt with every seed, prompt-major; each (T, 3, H, W) uint8. `batch` of them are denoised together.
+
+        Raises:
+            ValueError: one prompt or seed in the place of several, or what `denoise` raises.
+        """
+        if isinstance(prompts, str) or isinstance(seeds, int) or batch < 1:
+            raise ValueError(
+                "prompts and seeds are lists, batch is at least 1: transfer(artifact, ['a red ball'], [0])"
+            )
         pairs = [(prompt, seed) for prompt in prompts for seed in seeds]
         captions = {prompt: self.backbone.caption(prompt) for prompt in prompts}
         negative = self.backbone.caption(negative_prompt)

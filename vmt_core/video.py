@@ -107,7 +107,10 @@ def read(
 
     Raises:
         RowError: the file is bad, over the limits, or too short.
+        ValueError: a size, a rate or a range that no clip can have.
     """
+    if min(height, width, frames) < 1 or not fps > 0 or start < 0:
+        raise ValueError(f"{path}: no clip has {height=}, {width=}, {frames=}, {fps=}, {start=}")
     limits = limits or LimitSettings()
     with _open(path) as container:
         stream, info = _inspect(path, container, limits)
@@ -162,7 +165,14 @@ def write(
     Args:
         frames: (T, 3, H, W) uint8, H and W even.
         fps: kept exactly to 1/1001.
+
+    Raises:
+        ValueError: frames or a rate that no such video can have.
     """
+    if frames.ndim != 4 or frames.shape[1] != 3 or not all(side > 0 and side % 2 == 0 for side in frames.shape[-2:]):
+        raise ValueError(f"{path}: frames are {tuple(frames.shape)}, not (T, 3, H, W) with even H and W")
+    if not 0 < fps <= 1001:
+        raise ValueError(f"{path}: fps={fps} is not above 0, up to 1001")
     with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart+use_metadata_tags"}) as container:
         container.metadata.update(tags or {})
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))

@@ -221,7 +221,7 @@ def refused(args, message):
 
 def test_wrong_models_outputs_and_manifests_are_refused_before_the_run(model, tmp_path):
     source = jobs.write_manifest(tmp_path / "manifest", [jobs.row("a", model=model)])
-    refused(["--manifest", source, "--output", tmp_path / "out"], "these weights are")
+    refused(["--manifest", source, "--output", tmp_path / "out"], f"give --model {model}, or plan again")
     refused(["--manifest", source, "--model", "/nowhere", "--output", tmp_path / "out"], "no such folder")
     refused(["--manifest", tmp_path / "none", "--model", model, "--output", tmp_path / "out"], "no Parquet file there")
     (tmp_path / "file").write_text("in the way")

@@ -25,6 +25,7 @@ from vmt_core.backbone.geometry import Geometry, Tap
 from vmt_core.backbone.weights import locate, revision
 from vmt_core.faults import device_is_broken, out_of_memory
 from vmt_core.precision import fast_dtype
+from vmt_core.presets import native
 from vmt_core.shapes import Frames, LatentBatch, Latents, Text, TextBatch
 
 if TYPE_CHECKING:
@@ -73,12 +74,13 @@ class Backbone:
         parts: Sequence[Part] = ALL_PARTS,
         device: str | torch.device = "cpu",
         dtype: torch.dtype | None = None,
-        checkpoint_policy: taps.CheckpointName = "selective",
+        checkpoint_policy: taps.CheckpointName | None = None,
     ) -> Backbone:
         """Loads the parts of a model in diffusers layout; weights are frozen and in eval mode.
 
         Args:
             dtype: of the transformer and the text encoder; by default what the device computes fastest in.
+            checkpoint_policy: what backward passes recompute; by default all but attention, for wan-nano nothing.
 
         Raises:
             FileNotFoundError: no such folder, or it lacks a part.
@@ -92,7 +94,7 @@ class Backbone:
                 raise FileNotFoundError(f"{model}: has no folder {folder}")
         device = torch.device(device)
         dtype = dtype or fast_dtype(device)
-        self = cls(path, device, dtype, checkpoint_policy)
+        self = cls(path, device, dtype, checkpoint_policy or native(model).checkpoint)
         safe: dict[str, Any] = {"use_safetensors": True}
         if "transformer" in parts:
             with _reading(path / "transformer"):
