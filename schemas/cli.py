@@ -40,7 +40,7 @@ def load(cls: type[S], argv: list[str] | None = None) -> S:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     _no_repetition(cls, argv)
-    _no_misspelt_variable()
+    _no_misspelt_variable(cls)
     job: Any = type(cls.__name__, (cls,), {"__doc__": _usage(cls), "__module__": cls.__module__})
     if path is not None:
         job.model_config = {**cls.model_config, "yaml_file": path}
@@ -85,19 +85,23 @@ def _no_repetition(cls: type[BaseModel], argv: list[str]) -> None:
         fail(f"{twice[0]}: stands there twice")
 
 
-def _no_misspelt_variable() -> None:
+def _no_misspelt_variable(cls: type[BaseModel]) -> None:
     """Says which variables of the environment no job reads."""
-    jobs, known = [JobSettings], set()
+    own, jobs, known = _variables(cls), [JobSettings], set[str]()
     while jobs:
         job = jobs.pop()
         jobs += job.__subclasses__()
-        known |= {f"VMT_{name.upper()}" for name in job.model_fields}
+        known |= _variables(job)
     for name in sorted(os.environ):
         top = name.partition("__")[0].upper()
         if top.startswith("VMT_") and top not in known:
-            near = difflib.get_close_matches(top, known, n=1)
+            near = difflib.get_close_matches(top, own, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
             print(f"note: {name} is no setting of any job{hint}", file=sys.stderr)
+
+
+def _variables(cls: type[BaseModel]) -> set[str]:
+    return {f"VMT_{name.upper()}" for name in cls.model_fields}
 
 
 def _take_option(argv: list[str], name: str) -> tuple[list[str], str | None]:

@@ -2,10 +2,12 @@
 
 import csv
 import json
+import os
 import re
 import shutil
 from itertools import pairwise
 from pathlib import Path
+from unittest.mock import Mock
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -219,6 +221,95 @@ def test_shorter_clips_give_fewer_frames(settings, tmp_path):
 def test_what_cannot_be_planned_is_said_in_a_line(settings, changes, message):
     text, _ = refused(settings(**changes))
     assert re.search(message, text), text
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"negative_prompt": "x" * 2001},
+        {"limits": {"max_prompt_chars": 12}},
+        {"methods": ("follow_your_motion",)},
+        {"method_settings": {"fastvmt": {"guidance": {"inner": 0}}}},
+        {"output": "in the way"},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_what_is_wrong_with_settings_is_said_before_clips_are_opened(settings, changes, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "open_all", Mock(side_effect=AssertionError("opened")))
+    if "output" in changes:
+        changes = {"output": str(tmp_path / "taken")}
+        (tmp_path / "taken").mkdir()
+        (tmp_path / "taken" / "other.parquet").write_text("x")
+    refused(settings(**changes))
+
+
+def test_a_clip_is_opened_once_for_all_its_ranges(settings, clips, tmp_path, monkeypatch):
+    lines = [{"uri": str(clips / "line.mp4"), "start_frame": start} for start in range(3)]
+    (tmp_path / "clips.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    fetch, fetched = Storage.fetch, []
+    monkeypatch.setattr(
+        Storage, "fetch", lambda self, uri, *args, **named: fetched.append(uri) or fetch(self, uri, *args, **named)
+    )
+    rows = planned(settings(references=str(tmp_path / "clips.jsonl"), methods=("none",), frames=5))
+    assert {row.start_frame for row in rows} == {0, 1, 2}
+    assert fetched == [str(clips / "line.mp4")]
+
+
+def test_ranges_that_are_too_short_say_which(settings, clips, tmp_path):
+    line = {"uri": str(clips / "line.mp4"), "start_frame": 6, "fps": 6}
+    (tmp_path / "clips.jsonl").write_text(json.dumps(line))
+    _, lines = refused(settings(references=str(tmp_path / "clips.jsonl")))
+    assert re.search(r"line.mp4: its frames 6 to \d+, of \d+ at 12 fps, are too few for 5 at 6 fps", lines[0]), lines
+
+
+def test_names_that_are_no_unicode_are_bad_clips(settings, clips, tmp_path):
+    folder = os.fsencode(tmp_path / "odd")
+    os.mkdir(folder)
+    shutil.copy(clips / "line.mp4", os.path.join(folder, b"\xff.mp4"))
+    shutil.copy(clips / "pan.mp4", os.path.join(folder, b"good.mp4"))
+    shutil.copy(clips / "pan.mp4", os.path.join(folder, b"._good.mp4"))  # as macOS leaves some
+    wanted, lines = settings(references=str(tmp_path / "odd"), skip_bad=True), []
+    plan.run(wanted, lines.append)
+    assert any("its name is no valid Unicode; rename it" in line for line in lines)
+    assert {row["reference_uri"] for row in pq.read_table(wanted.output).to_pylist()} == {
+        str(tmp_path / "odd" / "good.mp4")
+    }
+
+
+@pytest.mark.parametrize("name", ["clip [x].mp4", "br[1]/clip.mp4"])
+def test_a_place_with_brackets_is_taken_as_it_is_where_it_is_there(settings, clips, tmp_path, name):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    shutil.copy(clips / "line.mp4", tmp_path / name)
+    place = tmp_path / name if name.startswith("clip") else (tmp_path / name).parent
+    assert {row.reference_uri for row in planned(settings(references=str(place)))} == {str(tmp_path / name)}
+
+
+def test_tables_may_say_more_and_give_prompts_as_lists(settings, clips, tmp_path):
+    uri = clips / "line.mp4"
+    (tmp_path / "clips.CSV").write_text(f"uri,note\n{uri},mine\n")
+    assert planned(settings(references=str(tmp_path / "clips.CSV")))
+    line = {"uri": str(uri), "prompts": ["a fox\u2028in snow", "an owl"]}
+    (tmp_path / "clips.jsonl").write_text(json.dumps(line, ensure_ascii=False))
+    rows = planned(settings(references=str(tmp_path / "clips.jsonl"), prompts=None, methods=("none",)))
+    assert {row.prompt for row in rows} == {"a fox in snow", "an owl"}
+    (tmp_path / "clips.csv").write_text(f"uri;caption\n{uri};a ball\n")
+    message = refused(settings(references=str(tmp_path / "clips.csv")))[0]
+    assert message.endswith("clips.csv: has no column uri, only uri;caption; commas must separate them")
+
+
+def test_empty_prompts_of_a_list_are_left_out(settings, tmp_path):
+    (tmp_path / "list.json").write_text('[{"prompt_en": "a fox"}, {"prompt_en": " "}]')
+    assert {row.prompt for row in planned(settings(prompts=str(tmp_path / "list.json")))} == {"a fox"}
+
+
+def test_it_says_what_it_replaces_and_which_clips_are_short(settings):
+    said = []
+    planned(settings(seeds=(0, 1)), said.append)
+    assert not any(line.startswith("replaces") for line in said)
+    said.clear()
+    planned(settings(frames=17), said.append)
+    assert "replaces the manifest of 16 rows that lay there" in said
+    assert "note: clips too short for 17 frames give fewer: 8 of 9" in said
 
 
 def test_repeated_prompts_and_repeated_clips_are_refused(settings, clips, tmp_path):

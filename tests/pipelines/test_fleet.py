@@ -232,3 +232,8 @@ def test_where_a_cluster_trains_is_said_not_guessed(settings, monkeypatch):
     assert tune.uses_gpus(real.model_copy(update={"device": "cuda"}))
     assert not tune.uses_gpus(real.model_copy(update={"device": "cpu"}))
     assert not tune.uses_gpus(real.model_copy(update={"ray": RaySettings()}))
+
+
+def test_a_wrong_setting_of_a_tuning_is_said_in_a_line(settings):
+    with pytest.raises(UsageError, match=r"^tuning: rnk: Extra inputs are not permitted \(got 4\)$"):
+        tune.method_tuning(settings.model_copy(update={"tuning": {"rnk": 4}}), Storage())

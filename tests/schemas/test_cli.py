@@ -1,5 +1,7 @@
 """Settings from a file, the environment and the command line."""
 
+import io
+
 import pytest
 import yaml
 
@@ -166,3 +168,57 @@ def test_printed_settings_are_the_ones_that_would_run_and_can_be_read_again(caps
 
 def test_loaded_settings_are_of_the_class_itself():
     assert type(cli.load(TransferSettings, NEEDED)) is TransferSettings
+
+
+def test_an_option_that_stands_there_twice_is_refused_unless_it_is_a_list(capsys):
+    assert refused(capsys, [*PLAN, "--references", "other"], PlanSettings) == [
+        "error: --references: stands there twice"
+    ]
+    assert cli.load(PlanSettings, [*PLAN, "--methods", "none", "--methods", "fastvmt"]).methods == ("none", "fastvmt")
+
+
+def test_a_variable_that_no_job_reads_is_said(capsys, monkeypatch):
+    monkeypatch.setenv("VMT_METHODZ", "none")
+    monkeypatch.setenv("VMT_LIMIT", "3")  # of another job
+    cli.load(PlanSettings, PLAN)
+    assert capsys.readouterr().err == "note: VMT_METHODZ is no setting of any job; did you mean VMT_METHODS?\n"
+
+
+@pytest.mark.parametrize("name", ["references", "output", "model"])
+def test_an_empty_place_is_refused(capsys, name):
+    argv = [word if word != "o" or name != "output" else "" for word in PLAN]
+    argv = (
+        argv
+        if name == "output"
+        else [*argv, f"--{name}", ""]
+        if name == "model"
+        else ["--references", "", "--output", "o"]
+    )
+    assert refused(capsys, argv, PlanSettings) == [f"error: {name}: String should have at least 1 character (got '')"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--seeds", "-1"], "seeds.0: Input should be greater than or equal to 0"),
+        (["--seeds", "3-1"], "seeds: 3-1: a range goes up"),
+        (["--steps", "1001"], "steps: Input should be less than or equal to 1000"),
+        (["--height", "100"], "height: Input should be a multiple of 16"),
+        (["--fps", "1e9"], "fps: Input should be less than or equal to 240"),
+    ],
+)
+def test_what_no_row_could_have_is_refused_before_clips_are_opened(capsys, words, message):
+    assert message in refused(capsys, [*PLAN, *words], PlanSettings)[0]
+
+
+def test_a_range_of_seeds():
+    assert cli.load(PlanSettings, [*PLAN, "--seeds", "0-3,9"]).seeds == (0, 1, 2, 3, 9)
+
+
+def test_what_a_terminal_cannot_show_is_escaped(monkeypatch):
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", printed)
+    cli.load(PlanSettings, PLAN)
+    print("ünï/\udcff")
+    printed.flush()
+    assert printed.buffer.getvalue() == rb"\xfcn\xef/\udcff" + b"\n"

@@ -6,6 +6,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 from safetensors.torch import save_file
 
+import vmt_core
 from support import tiny as models
 from vmt_core import METHODS, Artifact, Backbone, MotionTransfer, Sampling
 from vmt_core.adapters import masked_lora
@@ -488,3 +489,34 @@ def test_an_adapter_is_wanted_where_it_is_needed_and_nowhere_else(wan, adapter):
         MotionTransfer(wan, TUNED, SAMPLING)
     with pytest.raises(ValueError, match="none has no use for an adapter"):
         MotionTransfer(wan, METHODS["none"](), SAMPLING, adapter)
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 0}, {"shift": 0}, {"guidance_scale": -1}, {"cfg": "both"}])
+def test_sampling_that_cannot_be_is_refused(wrong):
+    with pytest.raises(ValueError, match="steps >= 1, shift > 0, guidance_scale >= 0, cfg two_pass or batched"):
+        Sampling(**wrong)
+
+
+def test_a_model_is_sampled_as_it_is_made_for(tiny):
+    assert MotionTransfer(tiny, METHODS["none"]()).sampling == Sampling(50, 5.0, 5.0)
+    nano = Backbone.load("wan-nano", parts=("transformer",))
+    assert MotionTransfer(nano, METHODS["none"]()).sampling == Sampling(20, 3.0, 4.0)
+    assert (nano.checkpoint_policy, tiny.checkpoint_policy) == ("none", "selective")
+
+
+@pytest.mark.parametrize("arguments", [("a red ball", [0]), (["a red ball"], 0), (["a red ball"], [0], "", 0)])
+def test_prompts_and_seeds_are_lists(tiny, arguments):
+    with pytest.raises(ValueError, match="prompts and seeds are lists, batch is at least 1"):
+        MotionTransfer(tiny, METHODS["none"](), SAMPLING).transfer(None, *arguments)
+
+
+def test_a_file_that_holds_no_tensors_is_no_artifact(tmp_path):
+    (tmp_path / "a").write_text("no tensors")
+    with pytest.raises(ValueError, match="a: is no safetensors file"):
+        Artifact.load(tmp_path / "a")
+
+
+def test_what_a_notebook_finds_in_the_package():
+    assert set(dir(vmt_core)) == set(vmt_core.__all__)
+    assert all(getattr(vmt_core, name) is not None for name in vmt_core.__all__)
+    assert callable(vmt_core.video.read)

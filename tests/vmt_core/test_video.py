@@ -375,3 +375,18 @@ def test_the_same_frames_are_the_same_bytes_on_machines_of_any_size(tmp_path):
     finally:
         os.sched_setaffinity(0, everywhere)
     assert written[0] == written[1]
+
+
+@pytest.mark.parametrize("wrong", [{"fps": 0}, {"fps": -1}, {"start": -5}, {"height": 0}, {"frames": 0}])
+def test_clips_that_cannot_be_are_refused(wrong, tmp_path):
+    with pytest.raises(ValueError, match=f"no clip has .*{next(iter(wrong))}={next(iter(wrong.values()))}"):
+        video.read(tmp_path / "v.mp4", **({"height": 32, "width": 32, "frames": 5, "fps": 12} | wrong))
+
+
+@pytest.mark.parametrize(
+    ("shape", "fps"), [((5, 3, 31, 32), 12), ((5, 4, 32, 32), 12), ((3, 32, 32), 12), ((5, 3, 32, 32), 0)]
+)
+def test_videos_that_cannot_be_are_not_written(shape, fps, tmp_path):
+    with pytest.raises(ValueError, match=r"v\.mp4: (frames are|fps=)"):
+        video.write(tmp_path / "v.mp4", torch.zeros(shape, dtype=torch.uint8), fps)
+    assert not (tmp_path / "v.mp4").exists()
