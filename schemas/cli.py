@@ -39,8 +39,8 @@ def load(cls: type[S], argv: list[str] | None = None) -> S:
     for stream in (sys.stdout, sys.stderr):  # names of files may be what the terminal cannot show
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    _no_repetition(cls, argv)
-    _no_misspelt_variable(cls)
+    _say_repetition(cls, argv)
+    _say_misspelt_variable(cls)
     job: Any = type(cls.__name__, (cls,), {"__doc__": _usage(cls), "__module__": cls.__module__})
     if path is not None:
         job.model_config = {**cls.model_config, "yaml_file": path}
@@ -78,14 +78,15 @@ def _kebab(word: str) -> str:
     return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
-def _no_repetition(cls: type[BaseModel], argv: list[str]) -> None:
+def _say_repetition(cls: type[BaseModel], argv: list[str]) -> None:
+    """Says which options of one value stand there several times: scripts override by it, people may mean a list."""
     given = Counter(word.partition("=")[0] for word in argv if word.startswith("--"))
     single = {option for option, field in _fields(cls) if get_origin(field.annotation) not in (tuple, list, dict)}
-    if twice := [name for name, count in given.items() if count > 1 and name in single]:
-        fail(f"{twice[0]}: stands there twice")
+    for name in [name for name, count in given.items() if count > 1 and name in single]:
+        print(f"note: {name} stands there {given[name]} times; the last one counts", file=sys.stderr)
 
 
-def _no_misspelt_variable(cls: type[BaseModel]) -> None:
+def _say_misspelt_variable(cls: type[BaseModel]) -> None:
     """Says which variables of the environment no job reads."""
     own, jobs, known = _variables(cls), [JobSettings], set[str]()
     while jobs:

@@ -170,11 +170,11 @@ def test_loaded_settings_are_of_the_class_itself():
     assert type(cli.load(TransferSettings, NEEDED)) is TransferSettings
 
 
-def test_an_option_that_stands_there_twice_is_refused_unless_it_is_a_list(capsys):
-    assert refused(capsys, [*PLAN, "--references", "other"], PlanSettings) == [
-        "error: --references: stands there twice"
-    ]
+def test_an_option_that_stands_there_twice_is_said_unless_it_is_a_list(capsys):
+    assert cli.load(PlanSettings, [*PLAN, "--references", "other"]).references == "other"
+    assert capsys.readouterr().err == "note: --references stands there 2 times; the last one counts\n"
     assert cli.load(PlanSettings, [*PLAN, "--methods", "none", "--methods", "fastvmt"]).methods == ("none", "fastvmt")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_variable_that_no_job_reads_is_said(capsys, monkeypatch):
