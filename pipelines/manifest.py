@@ -116,14 +116,14 @@ def parts(storage: Storage, folder: str) -> list[str]:
     return old
 
 
-def count(storage: Storage, names: Sequence[str]) -> int:
-    """Rows of some Parquet files; those that are none count for none."""
-    total = 0
+def ids(storage: Storage, names: Sequence[str]) -> set[str]:
+    """Of the rows of some files; those that are no manifests have none."""
+    found: set[str] = set()
     for name in names:
         filesystem, path = storage.arrow(name)
-        with contextlib.suppress(pa.ArrowInvalid):
-            total += pq.read_metadata(path, filesystem=filesystem).num_rows
-    return total
+        with contextlib.suppress(pa.ArrowInvalid, KeyError):
+            found |= set(pq.ParquetFile(path, filesystem=filesystem).read(["sample_id"])["sample_id"].to_pylist())
+    return found
 
 
 def write(storage: Storage, folder: str, rows: Sequence[ManifestRow], *, rows_per_file: int = 50_000) -> list[str]:

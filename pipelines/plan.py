@@ -93,8 +93,9 @@ def run(settings: PlanSettings, say: Callable[[str], None] = print) -> dict[str,
         for seed in settings.seeds
     ]
     rows, repeated = _once(rows, settings.skip_bad)
-    if replaced:
-        say(f"replaces the manifest of {manifest.count(storage, replaced):,} rows that lay there")
+    before = manifest.ids(storage, replaced)
+    if before - {row.sample_id for row in rows}:
+        say(f"replaces a manifest of {len(before):,} other rows")
     try:
         manifest.write(storage, settings.output, rows)
     except StorageUnavailable:

@@ -305,10 +305,11 @@ def test_empty_prompts_of_a_list_are_left_out(settings, tmp_path):
 def test_it_says_what_it_replaces_and_which_clips_are_short(settings):
     said = []
     planned(settings(seeds=(0, 1)), said.append)
+    planned(settings(seeds=(0, 1, 2)), said.append)
     assert not any(line.startswith("replaces") for line in said)
     said.clear()
     planned(settings(frames=17), said.append)
-    assert "replaces the manifest of 16 rows that lay there" in said
+    assert "replaces a manifest of 24 other rows" in said
     assert "note: clips too short for 17 frames give fewer: 8 of 9" in said
 
 
