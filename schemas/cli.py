@@ -82,8 +82,9 @@ def _say_repetition(cls: type[BaseModel], argv: list[str]) -> None:
     """Says which options of one value stand there several times: scripts override by it, people may mean a list."""
     given = Counter(word.partition("=")[0] for word in argv if word.startswith("--"))
     single = {option for option, field in _fields(cls) if get_origin(field.annotation) not in (tuple, list, dict)}
-    for name in [name for name, count in given.items() if count > 1 and name in single]:
-        print(f"note: {name} stands there {given[name]} times; the last one counts", file=sys.stderr)
+    for name, count in given.items():
+        if count > 1 and name in single:
+            print(f"note: {name} stands there {count} times; the last one counts", file=sys.stderr)
 
 
 def _say_misspelt_variable(cls: type[BaseModel]) -> None:

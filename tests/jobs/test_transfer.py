@@ -224,6 +224,9 @@ def test_wrong_models_outputs_and_manifests_are_refused_before_the_run(model, tm
     refused(["--manifest", source, "--output", tmp_path / "out"], f"give --model {model}, or plan again")
     refused(["--manifest", source, "--model", "/nowhere", "--output", tmp_path / "out"], "no such folder")
     refused(["--manifest", tmp_path / "none", "--model", model, "--output", tmp_path / "out"], "no Parquet file there")
+    refused(
+        ["--manifest", tmp_path / "none", "--model", model, "--output", tmp_path / "out"], "note: transfer.gpus=0: "
+    )
     (tmp_path / "file").write_text("in the way")
     refused(["--manifest", source, "--model", model, "--output", tmp_path / "file"], "cannot be written")
 

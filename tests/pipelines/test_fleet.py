@@ -16,6 +16,7 @@ from schemas import (
     ErrorCode,
     LimitSettings,
     RaySettings,
+    Reference,
     RowError,
     TransferSettings,
     TuneSettings,
@@ -237,3 +238,13 @@ def test_where_a_cluster_trains_is_said_not_guessed(settings, monkeypatch):
 def test_a_wrong_setting_of_a_tuning_is_said_in_a_line(settings):
     with pytest.raises(UsageError, match=r"^tuning: rnk: Extra inputs are not permitted \(got 4\)$"):
         tune.method_tuning(settings.model_copy(update={"tuning": {"rnk": 4}}), Storage())
+
+
+def test_a_clip_whose_name_is_no_unicode_is_a_failed_row(settings, monkeypatch):
+    bad = Reference(uri="/clips/\udcff.mp4", caption="a red circle")
+    error = RowError(ErrorCode.REFERENCE_MISSING, "its name is no valid Unicode")
+    monkeypatch.setattr(tune, "references", lambda *_: [bad])
+    monkeypatch.setattr(tune, "open_all", lambda *_: ([], [(bad, error)]))
+    (failed,) = tune.rows(settings, Storage(), lambda _: None)
+    assert (failed.status, failed.error_code) == ("failed", "reference_missing")
+    assert failed.reference_uri == r"/clips/\udcff.mp4"
