@@ -15,8 +15,9 @@ import importlib.util
 import json
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from datetime import UTC, datetime
 from typing import Any
 
@@ -40,6 +41,8 @@ from vmt_core.presets import NANO, native
 
 _SHOWN_BAD = 20
 _SILENCE_S = 60  # the longest; a training takes minutes to hours
+_LOOK_S = 5  # between looks at the cluster
+_MOST_AHEAD = 8  # trainings that wait for nodes to come; each is a process on the driver's node
 
 
 def run(settings: TuneSettings, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -305,10 +308,9 @@ def _train_all(
     """Trains on every row, as many at once as there is room for; each ends in the index, and is given back as it stands there."""
     from pipelines.training import train_adapter  # brings torch
 
-    at_once = min(len(chosen), settings.training.at_once or _room(settings, gpus=gpus)) or 1
-    say(f"{len(chosen)} to train, {at_once} at once")
-    began, stopping, told = time.monotonic(), threading.Event(), threading.Lock()
+    began, stopping, telling = time.monotonic(), threading.Event(), threading.Lock()
     ended: list[AdapterRow] = []
+    told = began
 
     def one(row: AdapterRow) -> None:
         try:
@@ -320,27 +322,34 @@ def _train_all(
         finished = _keep(storage, settings.output, finished)
         if finished.status == "ok":
             _forget(settings, storage, row.adapter_id)
-        with told:
+        with telling:
             ended.append(finished)
             tell()
 
     def tell() -> None:
-        seconds, failed = time.monotonic() - began, sum(row.status == "failed" for row in ended)
+        nonlocal told
+        told = time.monotonic()
+        seconds, failed = told - began, sum(row.status == "failed" for row in ended)
         left = progress.duration((len(chosen) - len(ended)) * seconds / len(ended)) if ended else "?"
         say(
             f"{len(ended)}/{len(chosen)} references  {60 * len(ended) / seconds:.2f}/min  {left} left  {failed} failed  "
             f"after {progress.duration(seconds)}"
         )
 
-    pool = ThreadPoolExecutor(max_workers=at_once, thread_name_prefix="tune")
-    waiting = {pool.submit(one, row) for row in chosen}
+    pool = ThreadPoolExecutor(max_workers=max(1, len(chosen)), thread_name_prefix="tune")
+    waiting, running, room = deque(chosen), set[Future[None]](), 0
     try:
-        while waiting:
-            over, waiting = wait(waiting, timeout=max(_SILENCE_S, settings.progress_s), return_when=FIRST_COMPLETED)
+        while waiting or running:
+            if waiting and (found := _room(settings, gpus=gpus)) != room:  # nodes come and go
+                room = found
+                say(f"{len(waiting) + len(running)} to train, {min(room, len(waiting) + len(running))} at once")
+            while waiting and len(running) < room + _ahead(settings, room):
+                running.add(pool.submit(one, waiting.popleft()))
+            over, running = wait(running, timeout=_LOOK_S, return_when=FIRST_COMPLETED)
             for future in over:
                 future.result()
-            if not over:
-                with told:
+            with telling:
+                if time.monotonic() - told >= max(_SILENCE_S, settings.progress_s):
                     tell()
     except BaseException as error:
         stopping.set()
@@ -353,9 +362,16 @@ def _train_all(
 
 
 def _room(settings: TuneSettings, *, gpus: bool) -> int:
-    """How many trainings fit into the cluster."""
+    """How many trainings fit into the cluster as it is now, or as many as the settings say."""
+    if settings.training.at_once:
+        return settings.training.at_once
     each = settings.training.workers_per_reference
     room = cluster.cpus(settings.ray) / (each * settings.training.cpus_per_worker)
     if gpus:
         room = min(room, ray.cluster_resources().get("GPU", 0) / each)
     return max(1, int(room))
+
+
+def _ahead(settings: TuneSettings, room: int) -> int:
+    """Trainings that are begun beyond that: they wait in Ray for a place, which is what an autoscaler adds nodes for."""
+    return 0 if settings.training.at_once or not cluster.address_of(settings.ray) else min(room, _MOST_AHEAD)

@@ -166,7 +166,7 @@ class TrainingSettings(Section):
     threads: PositiveInt | None = Field(default=None, description="torch threads of a process; empty: its CPUs")
     at_once: PositiveInt | None = Field(
         default=None,
-        description="references that are tuned on at the same time; empty: as many as the cluster has room for",
+        description="references that are tuned on at the same time; empty: as many as the cluster has room for, more as it grows",
     )
     attempts: PositiveInt = Field(default=3, description="times that a training whose worker dies is begun")
     deepspeed: DeepSpeedSettings = DeepSpeedSettings()

@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from schemas import (
     RaySettings,
     Reference,
     RowError,
+    TrainingSettings,
     TransferSettings,
     TuneSettings,
     UsageError,
@@ -89,6 +91,56 @@ def test_what_still_trains_when_another_breaks_is_no_failure_of_its_reference(se
     for thread in [one for one in threading.enumerate() if one.name.startswith("tune")]:
         thread.join(30)
     assert tune.index(Storage(), settings.output) == {}
+
+
+def test_trainings_begin_as_nodes_come_and_some_wait_for_them(settings, monkeypatch):
+    """An autoscaler adds nodes for what waits."""
+    room, under_way, over = [1], [], threading.Event()
+
+    def train(_settings, _storage, row, *, gpus):
+        under_way.append(row.adapter_id)
+        assert over.wait(30)
+        return {"folder": "f"}
+
+    def grown(number):
+        end = time.monotonic() + 30
+        while len(under_way) < number:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(0.1)
+        assert len(under_way) == number
+
+    monkeypatch.setattr(training, "train_adapter", train)
+    monkeypatch.setattr(tune, "_room", lambda *_, **__: room[0])
+    monkeypatch.setattr(tune, "_LOOK_S", 0.02)
+    chosen = [adapter(number) for number in range(7)]
+    cluster = settings.model_copy(update={"ray": RaySettings(address="head:6379")})
+    said, made = [], []
+    fleet = threading.Thread(
+        target=lambda: made.extend(tune._train_all(cluster, Storage(), chosen, said.append, gpus=False))
+    )
+    fleet.start()
+    grown(2)
+    room[0] = 3
+    grown(6)
+    over.set()
+    fleet.join(30)
+    assert {row.status for row in made} == {"ok"} and len(made) == 7
+    assert said[:2] == ["7 to train, 1 at once", "7 to train, 3 at once"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "room", "expected"),
+    [
+        ({}, 4, 0),
+        ({"ray": RaySettings(address="head:6379")}, 4, 4),
+        ({"ray": RaySettings(address="head:6379")}, 50, 8),
+        ({"ray": RaySettings(address="head:6379"), "training": TrainingSettings(at_once=4)}, 4, 0),
+    ],
+    ids=["this machine", "a cluster doubles", "up to a limit", "as was said"],
+)
+def test_how_many_trainings_wait_for_nodes(settings, flags, room, expected):
+    assert tune._ahead(settings.model_copy(update=flags), room) == expected
 
 
 def test_what_another_driver_finished_before_the_lock_was_had_is_not_tuned_again(settings, monkeypatch):
