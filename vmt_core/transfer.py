@@ -27,12 +27,11 @@ from torch import Tensor
 
 from vmt_core.adapters import files, masked_lora
 from vmt_core.adapters.masked_lora import Weights
-from vmt_core.backbone import nano, taps
+from vmt_core.backbone import taps
 from vmt_core.backbone.sampler import Schedule, denoiser_calls, noise, noised, sample
 from vmt_core.backbone.wan import Backbone
 from vmt_core.guidance import Guidance, GuidanceLog, optimise
 from vmt_core.methods import Method
-from vmt_core.presets import NANO, WAN
 from vmt_core.shapes import Frames, LatentBatch, Latents, Motion, Text
 
 CfgName = Literal["two_pass", "batched"]
@@ -61,7 +60,7 @@ class Sampling:
     @classmethod
     def native(cls, backbone: Backbone) -> Sampling:
         """What the model is made for."""
-        own = NANO if backbone.path == nano.folder() else WAN
+        own = backbone.native
         return cls(own.steps, own.shift, own.guidance_scale)
 
 

@@ -25,7 +25,7 @@ from vmt_core.backbone.geometry import Geometry, Tap
 from vmt_core.backbone.weights import locate, revision
 from vmt_core.faults import device_is_broken, out_of_memory
 from vmt_core.precision import fast_dtype
-from vmt_core.presets import native
+from vmt_core.presets import WAN, Native, native
 from vmt_core.shapes import Frames, LatentBatch, Latents, Text, TextBatch
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class Backbone:
     checkpoint_policy: taps.CheckpointName = "selective"
     parts: dict[str, Any] = field(default_factory=dict)
     adapter: Any = None  # weights by stage of the adapter that it holds, if any
+    native: Native = WAN  # what it is made for
 
     @classmethod
     def load(
@@ -94,7 +95,8 @@ class Backbone:
                 raise FileNotFoundError(f"{model}: has no folder {folder}")
         device = torch.device(device)
         dtype = dtype or fast_dtype(device)
-        self = cls(path, device, dtype, checkpoint_policy or native(model).checkpoint)
+        defaults = native(model)
+        self = cls(path, device, dtype, checkpoint_policy or defaults.checkpoint, native=defaults)
         safe: dict[str, Any] = {"use_safetensors": True}
         if "transformer" in parts:
             with _reading(path / "transformer"):
