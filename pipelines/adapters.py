@@ -6,8 +6,7 @@ import json
 from collections.abc import Collection
 from typing import Any
 
-import pyarrow.parquet as pq
-
+from pipelines import parquet
 from pipelines.storage import Storage, absolute, check_scheme, join
 from schemas import AdapterRow, ManifestRow, RowError, UsageError
 from schemas.rows import ADAPTER_DECIDES, adapter_id
@@ -64,7 +63,5 @@ def failure(storage: Storage, folder: str, adapter_id: str) -> str | None:
     uri = index_file(folder, adapter_id)
     if not storage.exists(uri):
         return None
-    filesystem, path = storage.arrow(uri)
-    with pq.ParquetFile(path, filesystem=filesystem) as file:
-        (row,) = file.read(["error_code", "error_message"]).to_pylist()
+    (row,) = parquet.read(storage, uri, ["error_code", "error_message"]).to_pylist()
     return f"{row['error_code']}: {row['error_message']}" if row["error_code"] else None

@@ -15,9 +15,8 @@ from random import Random
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipelines import evaluate, plan, suites, synthesize, transfer
+from pipelines import evaluate, parquet, plan, suites, synthesize, transfer
 from pipelines.storage import Storage, absolute, join
 from schemas import (
     BenchSettings,
@@ -131,7 +130,5 @@ def procedural(settings: BenchSettings, say: Callable[[str], None]) -> list[Refe
 
 
 def _write(storage: Storage, uri: str, clips: list[Reference]) -> None:
-    sink = pa.BufferOutputStream()
     rows = [clip.model_dump() | {"uri": absolute(clip.uri)} for clip in clips]
-    pq.write_table(pa.Table.from_pylist(rows, schema=Reference.arrow_schema()), sink)
-    storage.write(uri, sink.getvalue().to_pybytes())
+    parquet.write(storage, uri, pa.Table.from_pylist(rows, schema=Reference.arrow_schema()))

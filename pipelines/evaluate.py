@@ -13,19 +13,16 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from heapq import nsmallest
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv as pacsv
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 import ray
 from ray.data.datasource import Partitioning
 
-from pipelines import cluster, formats, lock, models, progress, report, tables
+from pipelines import cluster, formats, lock, models, parquet, progress, report, tables
 from pipelines.cluster import RunFailed
 from pipelines.ledger import Ledger
 from pipelines.measure import COLUMNS, Measure, folder_of, unmeasured
@@ -35,7 +32,6 @@ from pipelines.watch import watched
 from schemas import EvaluateSettings, MetricRow, ResultRow, UsageError
 from vmt_core.metrics.noncommercial import NOTICE
 
-T = TypeVar("T")
 _DRAWN = 500  # of those, the ones whose tracks can be drawn over the videos
 
 
@@ -97,9 +93,8 @@ def compared(settings: EvaluateSettings, say: Callable[[str], None]) -> tuple[di
         storage.write(
             join(settings.output, "report.html"), page(settings, storage, title, settings.output, lines).encode()
         )
-        sink = pa.BufferOutputStream()
-        pq.write_table(pacsv.read_csv(io.BytesIO(formats.to_csv(lines).encode())), sink)
-        storage.write(join(settings.output, "comparison.parquet"), sink.getvalue().to_pybytes())
+        table = pacsv.read_csv(io.BytesIO(formats.to_csv(lines).encode()))
+        parquet.write(storage, join(settings.output, "comparison.parquet"), table)
     if told != count:
         raise RunFailed(f"{count} results, but {told} were measured; the same command goes on from there")
     for line in lines:
@@ -182,15 +177,14 @@ def read(
     settings: EvaluateSettings, storage: Storage, *, tracks_of: Collection[str] | None = None
 ) -> Iterator[MetricRow]:
     """Every metric row of the runs that were asked for, or those of some samples with their tracks, which weigh more than all else."""
-    dataset = _dataset(settings, storage)
-    columns, chosen = list(MetricRow.model_fields), ds.field("run").isin(settings.run)
+    columns, runs, samples = list(MetricRow.model_fields), set(settings.run), set(tracks_of or ())
     if tracks_of is None:
         columns = [name for name in columns if name not in ("tracks", "reference_tracks")]
-    else:
-        chosen &= ds.field("sample_id").isin(pa.array(tracks_of, pa.string()))
-    if dataset is not None:
-        for batch in dataset.to_batches(columns, filter=chosen, batch_size=1000):
-            yield from (MetricRow.model_validate(values) for values in batch.to_pylist())
+    for _, table in parquet.each(storage, _files(settings, storage), columns, MetricRow.arrow_schema()):
+        for batch in table.to_batches(max_chunksize=1000):
+            for values in batch.to_pylist():
+                if values["run"] in runs and (tracks_of is None or values["sample_id"] in samples):
+                    yield MetricRow.model_validate(values)
 
 
 def mend(
@@ -208,9 +202,9 @@ def mend(
     """
     done: dict[str, set[str]] = {run: set() for run in results}
     files, columns = _files(settings, storage), ["run", "sample_id", "status", "error_code", "video_uri"]
-    for uri, rows in _each(lambda uri: _table(storage, uri, columns).to_pylist(), files):
+    for uri, table in parquet.each(storage, files, columns, MetricRow.arrow_schema()):
         keep = []
-        for row in rows:
+        for row in table.to_pylist():
             run, sample = row["run"], row["sample_id"]
             if run not in results:  # of an evaluation of other runs
                 keep.append(True)
@@ -221,26 +215,10 @@ def mend(
             if keep[-1]:
                 done[run].add(sample)
         if any(keep) and not all(keep):
-            sink = pa.BufferOutputStream()
-            pq.write_table(_table(storage, uri).filter(pa.array(keep)), sink, compression="zstd")
-            storage.write(uri, sink.getvalue().to_pybytes())
+            parquet.write(storage, uri, parquet.read(storage, uri).filter(pa.array(keep)))
         elif not any(keep):
             storage.delete(uri)
     return done
-
-
-def _each(look: Callable[[str], T], files: Sequence[str], at_once: int = 64) -> Iterator[tuple[str, T]]:
-    """Each file with what `look` gives, read side by side, a few at a time: there may be thousands."""
-    with ThreadPoolExecutor(8) as pool:
-        for start in range(0, len(files), at_once):
-            some = files[start : start + at_once]
-            yield from zip(some, pool.map(look, some), strict=True)
-
-
-def _table(storage: Storage, uri: str, columns: list[str] | None = None) -> pa.Table:
-    filesystem, path = storage.arrow(uri)
-    with pq.ParquetFile(path, filesystem=filesystem) as file:
-        return file.read(columns)
 
 
 def _stale(row: Mapping[str, Any], result: str | None, retry: bool) -> bool:
@@ -315,20 +293,6 @@ def _measure(
 
 def _files(settings: EvaluateSettings, storage: Storage) -> list[str]:
     return [uri for uri in storage.find(folder_of(settings)) if uri.endswith(".parquet")]
-
-
-def _dataset(settings: EvaluateSettings, storage: Storage) -> ds.Dataset | None:
-    files = _files(settings, storage)
-    if not files:
-        return None
-    filesystem, _ = storage.arrow(files[0])
-    return ds.dataset(
-        [storage.arrow(uri)[1] for uri in files],
-        filesystem=filesystem,
-        format="parquet",
-        schema=MetricRow.arrow_schema(),
-        partitioning=None,
-    )
 
 
 def _tally(rows: Iterable[MetricRow]) -> tuple[int, Counter[str], dict[str, str]]:

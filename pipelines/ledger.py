@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import uuid
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import PurePosixPath
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 
+from pipelines import parquet
 from pipelines.storage import Storage, join
 from schemas import ResultRow
 
@@ -66,36 +65,40 @@ class Ledger:
         self._rewrite_checkpoint([row for row in self.done() if row not in chosen])
         self._remove(chosen)
 
-    def scan(self, columns: list[str], rows: Collection[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """Columns of the result rows (of some ids, or all) in batches."""
-        chosen = None if rows is None else ds.field(ID).isin(pa.array(rows, pa.string()))
-        dataset = self._dataset()
-        if dataset is not None:
-            yield from dataset.to_batches(columns=columns, filter=chosen)
+    def scan(self, columns: Sequence[str], rows: Collection[str] | None = None) -> Iterator[pa.Table]:
+        """Columns of the result rows (of some ids, or all), a file at a time.
 
-    def _dataset(self) -> ds.Dataset | None:
-        files = [uri for uri in self._storage.find(self.results) if uri.endswith(".parquet")]
-        if not files:
-            return None
-        filesystem, root = self._storage.arrow(self.results)
-        paths = [self._storage.arrow(uri)[1] for uri in files]
-        strings = pa.schema([(name, pa.string()) for name in PARTITIONS])
-        return ds.dataset(
-            paths,
-            schema=ResultRow.arrow_schema(),
-            filesystem=filesystem,
-            format="parquet",
-            partitioning=ds.partitioning(strings, flavor="hive"),
-            partition_base_dir=root,
-        )
+        Raises:
+            ValueError: a file cannot be read; its name and what to do.
+        """
+        wanted, rows = list(dict.fromkeys([ID, *columns])), None if rows is None else set(rows)
+        for uri, table in self._tables(wanted):
+            chosen = (
+                table
+                if rows is None
+                else table.filter(pa.array([row in rows for row in table[ID].to_pylist()], pa.bool_()))
+            )
+            folders = dict(part.split("=", 1) for part in uri.split("/") if "=" in part)  # the last of a name counts
+            for name in PARTITIONS:
+                if name in wanted:
+                    values = pa.array([folders[name]] * chosen.num_rows, pa.string())
+                    chosen = chosen.set_column(wanted.index(name), name, values)
+            yield chosen.select(list(columns))
+
+    def _tables(self, columns: Sequence[str]) -> Iterator[tuple[str, pa.Table]]:
+        """Every result file with its rows; the folders' names are not in them."""
+        try:
+            yield from parquet.each(
+                self._storage, _parquet(self._storage, self.results), columns, ResultRow.arrow_schema()
+            )
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{error}; delete that file to make its rows again") from error
 
     def _index(self) -> Iterator[tuple[str, str | None, str]]:
         """sample_id, error code and file of every result row."""
-        try:
-            for batch in self.scan([ID, "error_code", "__filename"]):
-                yield from zip(*(column.to_pylist() for column in batch.columns), strict=True)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{self.results}: {error}; delete that file to make its rows again") from error
+        for uri, table in self._tables([ID, "error_code"]):
+            for row, code in zip(table[ID].to_pylist(), table["error_code"].to_pylist(), strict=True):
+                yield row, code, uri
 
     def _settle_pending(self) -> None:
         names = self._storage.find(self.checkpoint)
@@ -134,23 +137,16 @@ class Ledger:
         for row, _, file in self._index():
             if row in rows and keep.get(row) != file:
                 files.setdefault(file, set()).add(row)
-        filesystem, root = self._storage.arrow(self.results)
         for file, unwanted in files.items():
-            table = pq.ParquetFile(file, filesystem=filesystem).read()
+            table = parquet.read(self._storage, file)
             rest = table.filter(pc.invert(pc.is_in(table[ID], pa.array(sorted(unwanted)))))
-            old = join(self.results, str(PurePosixPath(file).relative_to(root)))
             if rest.num_rows:
-                self._write(old.rsplit("/", 1)[0], rest)
-            self._storage.delete(old)
+                self._write(file.rsplit("/", 1)[0], rest)
+            self._storage.delete(file)
 
     def _committed(self) -> set[str]:
-        files = [uri for uri in self._storage.find(self.checkpoint) if uri.endswith(".parquet")]
-        if not files:
-            return set()
-        filesystem, _ = self._storage.arrow(files[0])
-        paths = [self._storage.arrow(uri)[1] for uri in files]
-        known = ds.dataset(paths, filesystem=filesystem, format="parquet", partitioning=None)  # reads many at once
-        return set(known.to_table([ID])[ID].to_pylist())
+        files = _parquet(self._storage, self.checkpoint)
+        return {row for _, table in parquet.each(self._storage, files, [ID]) for row in table[ID].to_pylist()}
 
     def _rewrite_checkpoint(self, rows: Collection[str]) -> None:
         old = self._storage.find(self.checkpoint)
@@ -160,6 +156,8 @@ class Ledger:
             self._storage.delete(uri)
 
     def _write(self, folder: str, table: pa.Table) -> None:
-        sink = pa.BufferOutputStream()
-        pq.write_table(table, sink)
-        self._storage.write(join(folder, f"mended-{uuid.uuid4().hex}.parquet"), sink.getvalue().to_pybytes())
+        parquet.write(self._storage, join(folder, f"mended-{uuid.uuid4().hex}.parquet"), table)
+
+
+def _parquet(storage: Storage, folder: str) -> list[str]:
+    return [uri for uri in storage.find(folder) if uri.endswith(".parquet")]

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import ValidationError
 
-from pipelines import adapters
+from pipelines import adapters, parquet
 from pipelines.storage import Storage, absolute, join
 from schemas import AdapterRow, ManifestRow, UsageError, first_fault, sample_id
 from vmt_core.methods import VIDEO_VERSION, Method, build
@@ -120,9 +120,8 @@ def ids(storage: Storage, names: Sequence[str]) -> set[str]:
     """Of the rows of some files; those that are no manifests have none."""
     found: set[str] = set()
     for name in names:
-        filesystem, path = storage.arrow(name)
         with contextlib.suppress(pa.ArrowInvalid, KeyError):
-            found |= set(pq.ParquetFile(path, filesystem=filesystem).read(["sample_id"])["sample_id"].to_pylist())
+            found |= set(parquet.read(storage, name, ["sample_id"])["sample_id"].to_pylist())
     return found
 
 
@@ -136,11 +135,9 @@ def write(storage: Storage, folder: str, rows: Sequence[ManifestRow], *, rows_pe
     written = []
     for part, begin in enumerate(range(0, len(rows), rows_per_file)):
         values = [row.model_dump() for row in rows[begin : begin + rows_per_file]]
-        sink = pa.BufferOutputStream()
-        table = pa.Table.from_pylist(values, schema=ManifestRow.arrow_schema())
-        pq.write_table(table, sink, row_group_size=5_000)
         written.append(join(absolute(folder), f"part-{part:05d}.parquet"))
-        storage.write(written[-1], sink.getvalue().to_pybytes())
+        table = pa.Table.from_pylist(values, schema=ManifestRow.arrow_schema())
+        parquet.write(storage, written[-1], table, rows_per_group=5_000)
     for uri in old - set(written):
         storage.delete(uri)
     return written
@@ -150,12 +147,9 @@ def subset(storage: Storage, uri: str, target: str, wanted: Callable[[str], bool
     """Writes the rows whose ids are wanted as one Parquet file."""
     tables = []
     for name in files(storage, uri):
-        filesystem, path = storage.arrow(name)
-        table = pq.ParquetFile(path, filesystem=filesystem).read()
+        table = parquet.read(storage, name)
         tables.append(table.filter(pa.array([wanted(row) for row in table["sample_id"].to_pylist()])))
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.concat_tables(tables), sink)
-    storage.write(target, sink.getvalue().to_pybytes())
+    parquet.write(storage, target, pa.concat_tables(tables))
 
 
 def _columns(storage: Storage, name: str) -> list[str]:

@@ -15,12 +15,11 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import ray
 import torch
 from pydantic import ValidationError
 
-from pipelines import models
+from pipelines import models, parquet
 from pipelines.stage import Cache
 from pipelines.storage import Storage, StorageUnavailable, describe, join
 from pipelines.tracker import Guard
@@ -112,10 +111,8 @@ class Measure:
         measured = [self._measure(row) for row in table.to_pylist()]
         if measured:
             made = pa.Table.from_pylist([row.model_dump() for row in measured], schema=MetricRow.arrow_schema())
-            sink = pa.BufferOutputStream()
-            pq.write_table(made, sink, compression="zstd")
             digest = hashlib.sha256("".join(row.run + row.sample_id for row in measured).encode()).hexdigest()[:24]
-            self.storage.write(join(folder_of(self.settings), f"{digest}.parquet"), sink.getvalue().to_pybytes())
+            parquet.write(self.storage, join(folder_of(self.settings), f"{digest}.parquet"), made)
         failed = sum(row.status == "failed" for row in measured)
         return pa.table({"measured": [len(measured)], "failed": [failed]})
 

@@ -26,7 +26,7 @@ import ray
 import torch
 from ray.data import TaskPoolStrategy
 
-from pipelines import cluster, lock, progress
+from pipelines import cluster, lock, parquet, progress
 from pipelines.cluster import RunFailed
 from pipelines.storage import Storage, absolute, join, sha256
 from schemas import SynthesizeSettings, UsageError, WorldClip
@@ -142,7 +142,7 @@ def _done(settings: SynthesizeSettings, storage: Storage) -> dict[int, str]:
     found = {}
     for name in storage.find(join(settings.output, "references")):
         if name.endswith(".parquet"):
-            filesystem, path = storage.arrow(name)
+            filesystem, path = storage.arrow(name)  # tracks are megabytes: of a column alone
             for seed in pq.ParquetFile(path, filesystem=filesystem).read(columns=["seed"])["seed"].to_pylist():
                 found[seed] = name
     return found
@@ -205,10 +205,7 @@ def _block(batch: pa.Table, settings: SynthesizeSettings) -> pa.Table:
             upload.result()
     place = [f"{name}={rows[0][name]}" for name in PARTITIONS]
     table = pa.Table.from_pylist(rows, schema=schema()).drop_columns(list(PARTITIONS))
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    name = f"{block[0]:012d}-{len(block)}.parquet"
-    storage.write(join(settings.output, "references", *place, name), sink.getvalue().to_pybytes())
+    parquet.write(storage, join(settings.output, "references", *place, f"{block[0]:012d}-{len(block)}.parquet"), table)
     return pa.table({"clips": [len(rows)]})
 
 

@@ -22,12 +22,10 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.dataset as ds
-import pyarrow.parquet as pq
 import ray
 from pydantic import ValidationError
 
-from pipelines import adapters, cluster, lock, models, progress
+from pipelines import adapters, cluster, lock, models, parquet, progress
 from pipelines.cluster import RunFailed
 from pipelines.prepare import prepare_all
 from pipelines.references import Clip, open_all, references
@@ -218,12 +216,11 @@ def _workers_share(wanted: list[AdapterRow], workers: int) -> None:
 
 def index(storage: Storage, output: str) -> dict[str, AdapterRow]:
     """What became of every reference so far, by adapter id."""
-    folder = join(output, "adapters", "index")
-    if not storage.is_folder(folder):
-        return {}
-    filesystem, path = storage.arrow(folder)
-    table = ds.dataset(path, filesystem=filesystem, format="parquet", schema=AdapterRow.arrow_schema()).to_table()
-    return {values["adapter_id"]: AdapterRow.model_validate(values) for values in table.to_pylist()}
+    files = [uri for uri in storage.find(join(output, "adapters", "index")) if uri.endswith(".parquet")]
+    found = parquet.each(storage, files, schema=AdapterRow.arrow_schema())
+    return {
+        values["adapter_id"]: AdapterRow.model_validate(values) for _, table in found for values in table.to_pylist()
+    }
 
 
 def uses_gpus(settings: TuneSettings) -> bool:
@@ -284,9 +281,8 @@ def _failure(error: RowError) -> dict[str, Any]:
 def _keep(storage: Storage, output: str, row: AdapterRow) -> AdapterRow:
     """Writes a row into the index; returns it as it stands there."""
     row = row.model_copy(update={"finished_at": datetime.now(UTC).isoformat(timespec="seconds")})
-    sink = pa.BufferOutputStream()
-    pq.write_table(pa.Table.from_pylist([row.model_dump()], schema=AdapterRow.arrow_schema()), sink)
-    storage.write(adapters.index_file(join(output, "adapters"), row.adapter_id), sink.getvalue().to_pybytes())
+    table = pa.Table.from_pylist([row.model_dump()], schema=AdapterRow.arrow_schema())
+    parquet.write(storage, adapters.index_file(join(output, "adapters"), row.adapter_id), table)
     return row
 
 
