@@ -33,13 +33,13 @@ def read(storage: Storage, uri: str, columns: Sequence[str] | None = None, schem
     content = storage.read(uri)
     try:
         with pq.ParquetFile(pa.BufferReader(content)) as file:
-            there = set(file.schema_arrow.names)
+            there = file.schema_arrow.names
             names = list(columns if columns is not None else schema.names if schema is not None else there)
             table = file.read([name for name in names if name in there], use_threads=False)
     except (pa.ArrowInvalid, OSError) as error:
         raise pa.ArrowInvalid(f"{uri}: {error}") from error
     if schema is None:
-        return table.select(names if columns is not None else table.column_names)
+        return table.select(names)
     kinds = [schema.field(name).type for name in names]
     found = [
         table[name].cast(kind) if name in there else pa.nulls(table.num_rows, kind)
