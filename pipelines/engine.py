@@ -55,7 +55,7 @@ class DeepSpeedEngine:
             moments["step"].zero_()
         self.has_moments = False
         self.masters = (
-            settings.zero > 0 or bf16
+            stage(settings, bf16) > 0
         )  # weights and moments are the optimizer's own, parted among the workers
         self.gathered = deepspeed.zero.GatheredParameters
 
@@ -85,7 +85,7 @@ class DeepSpeedEngine:
             found[f"{name}.weight"] = self._whole(weight, "weight")
             if self.has_moments:
                 found |= {f"{name}.{key}": self._whole(weight, key) for key in MOMENTS}
-        return {name: value.detach().float().cpu().clone() for name, value in found.items() if value is not None}
+        return {name: value.detach().float().cpu().clone() for name, value in found.items()}
 
     def restore(self, state: dict[str, Tensor]) -> None:
         """As `TorchEngine.restore`; every worker must call it with all of the state."""
@@ -114,7 +114,7 @@ class DeepSpeedEngine:
         if hasattr(self.optimizer, "_lazy_init_hp_params_optimizer_state"):
             self.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _whole(self, weight: Tensor, key: str) -> Tensor | None:
+    def _whole(self, weight: Tensor, key: str) -> Tensor:
         """A weight (the fp32 master where there is one) or a moment of it, gathered from all workers."""
         found: Tensor | None
         if not self.masters:
@@ -123,6 +123,8 @@ class DeepSpeedEngine:
             found = self.utils.safe_get_full_fp32_param(weight)
         else:
             found = self.utils.safe_get_full_optimizer_state(weight, key)
+        if found is None:  # how DeepSpeed says that it does not know it
+            raise RuntimeError(f"DeepSpeed ({type(self.optimizer).__name__}) gives no {key} of a trained weight")
         return found
 
     def _set(self, weight: Any, key: str, value: Tensor) -> None:
@@ -142,9 +144,14 @@ def in_bf16(settings: DeepSpeedSettings, device: torch.device) -> bool:
     return device.type == "cuda" if settings.bf16 is None else settings.bf16
 
 
+def stage(settings: DeepSpeedSettings, bf16: bool) -> int:
+    """Of ZeRO: at least 1 where there are fp32 masters or an optimizer elsewhere; without ZeRO DeepSpeed keeps masters to itself."""
+    return settings.zero or int(bf16 or settings.offload)
+
+
 def configuration(schedule: StageSchedule, settings: DeepSpeedSettings, workers: int, bf16: bool) -> dict[str, Any]:
     """DeepSpeed's own configuration."""
-    zero: dict[str, Any] = {"stage": settings.zero}
+    zero: dict[str, Any] = {"stage": stage(settings, bf16)}
     if settings.offload:
         zero["offload_optimizer"] = {"device": "cpu"}
         if settings.zero == 3:

@@ -102,7 +102,9 @@ class Storage:
     def read(self, uri: str) -> bytes:
         """A whole object."""
         fs, path = self.filesystem(uri)
-        in_one = {} if isinstance(fs, LocalFileSystem) else {"max_concurrency": 1}  # else S3 is asked for the size first
+        in_one = (
+            {} if isinstance(fs, LocalFileSystem) else {"max_concurrency": 1}
+        )  # else S3 is asked for the size first
         return self._retry(f"read {uri}", lambda: bytes(fs.cat_file(path, **in_one)))
 
     def write(self, uri: str, data: bytes) -> None:

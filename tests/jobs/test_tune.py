@@ -29,7 +29,7 @@ def flags(model, references, output, steps=STEPS, **tuning):
     } | tuning  # fmt: skip
     return [
         "--references", references, "--output", output, "--model", model, "--preset", "nano", "--height", 64, "--width", 64,
-        "--frames", 9, "--tuning", json.dumps(settings), "--progress-s", 1,
+        "--frames", 9, "--tuning", json.dumps(settings), "--progress-s", 1, "--training.deepspeed.bf16",  # as on GPUs
     ]  # fmt: skip
 
 
