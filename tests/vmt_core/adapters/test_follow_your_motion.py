@@ -1,7 +1,9 @@
 """The stages of Follow-Your-Motion."""
 
 import math
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -9,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from vmt_core import Backbone
 from vmt_core.adapters import follow_your_motion as fym
 from vmt_core.adapters import masked_lora
 from vmt_core.adapters.follow_your_motion import Prepared, loss_weight, motion_loss
-from vmt_core.adapters.settings import FollowYourMotion
+from vmt_core.adapters.settings import VALIDATION_SIGMAS, FollowYourMotion
 from vmt_core.backbone.sampler import shifted
 from vmt_core.tuning import StageSchedule, TorchEngine, Tuning
 from vmt_core.world import render, sample
@@ -501,3 +504,146 @@ def test_attention_is_most_of_what_sparse_frames_save():
     assert counts[5] == pytest.approx(31.6, rel=0.01)
     assert counts[1] == pytest.approx(4.65, rel=0.02)
     assert counts[21] / counts[5] >= 8.5
+
+
+# what the transformer sees, and what of it is trained
+
+
+class Seen(NamedTuple):
+    """Of a call of the transformer."""
+
+    latents: torch.Tensor
+    timestep: torch.Tensor
+    text: torch.Tensor
+    rotary: tuple[torch.Tensor, torch.Tensor]
+    output: torch.Tensor
+
+
+@contextmanager
+def watched(transformer):
+    """Everything that goes into the transformer and comes out of it."""
+    calls, tables = [], []
+    rope = transformer.blocks[0].register_forward_pre_hook(lambda _, inputs: tables.append(inputs[3]))
+
+    def keep(_module, inputs, kwargs, output):
+        calls.append(Seen(*inputs, tables[-1], output[0]))
+
+    whole = transformer.register_forward_hook(keep, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        rope.remove()
+        whole.remove()
+
+
+def test_the_transformer_sees_frames_at_their_noise_level_and_place(wan, prepared):
+    stage = task("temporal", wan, prepared)
+    latents, noise, sigma, text, positions, _ = stage.batch(4)
+    assert positions != [0, 1, 2]
+    with watched(wan.transformer) as calls:
+        predicted, velocity = stage.module.velocity(latents, noise, sigma, text, positions)
+    (seen,) = calls
+    s = sigma.view(-1, 1, 1, 1, 1)
+    assert torch.equal(seen.latents, (1 - s) * latents + s * noise)
+    assert torch.equal(seen.timestep, 1000 * sigma)
+    assert torch.equal(seen.text, text)
+    assert torch.equal(predicted, seen.output) and torch.equal(velocity, noise - latents)
+    stock = wan.transformer.rope(prepared.latents.unsqueeze(0))
+    for found, whole in zip(seen.rotary, stock, strict=True):
+        places = whole.unflatten(1, (prepared.latents.shape[1], -1))[:, [int(place) for place in positions]]
+        assert torch.equal(found, places.flatten(1, 2))
+
+
+@pytest.mark.parametrize("name", ["spatial", "temporal"])
+def test_validation_sees_all_of_the_clip_at_fixed_noise_levels_as_inference_does(wan, prepared, name):
+    stage = task(name, wan, prepared)
+    with watched(wan.transformer) as calls:
+        losses = [stage.validate() for _ in range(2)]
+    assert losses[0] == losses[1]
+    sigmas = [float(call.timestep[0]) / 1000 for call in calls]
+    assert sigmas == pytest.approx(VALIDATION_SIGMAS * 2) and len(set(VALIDATION_SIGMAS)) > 2
+    clean = prepared.latents if name == "temporal" else prepared.frames[0].unsqueeze(1)
+    stock = wan.transformer.rope(clean.unsqueeze(0))
+    noises = []
+    for call, sigma in zip(calls, sigmas, strict=True):
+        assert call.latents.shape[1:] == clean.shape
+        assert all(torch.equal(*tables) for tables in zip(call.rotary, stock, strict=True))
+        noises.append((call.latents[0] - (1 - sigma) * clean) / sigma)
+        assert torch.allclose(noises[-1], noises[0], atol=1e-4)
+    wanted = [(call.output - (noises[0] - clean)).square().mean() for call in calls[:4]]
+    if name == "temporal":
+        assert losses[0] == pytest.approx(float(torch.stack(wanted).mean()), rel=1e-3)
+
+
+@pytest.mark.parametrize("decouple", [True, False])
+@pytest.mark.parametrize("name", ["spatial", "temporal"])
+def test_each_stage_trains_its_own_heads_of_the_chosen_projections_alone(wan, prepared, name, decouple):
+    chosen = settings(decouple=decouple, targets=("to_q", "to_v"))
+    types = fym.head_types(wan, prepared, chosen)
+    stage = fym.begin(wan, name, prepared, types, chosen, {})
+    loss, _ = stage.module(*stage.batch(0))
+    loss.backward()
+    trained = {path for path, weight in wan.transformer.named_parameters() if weight.requires_grad}
+    heads = types.group(name if decouple else "all")
+    places = [layer for layer, row in enumerate(heads) if row.any()]
+    assert {tuple(path.split(".")[1:4]) for path in trained} == {
+        (str(layer), "attn1", target) for layer in places for target in ("to_q", "to_v")
+    }
+    for layer in places:
+        value = wan.transformer.blocks[layer].attn1.to_v.lora_B[name].weight
+        moved = value.grad.unflatten(0, (wan.transformer.config.num_attention_heads, -1)).flatten(1).any(1)
+        assert torch.equal(moved, heads[layer])
+
+
+def test_the_temporal_stage_is_trained_with_the_spatial_adapter_at_work(wan, fresh, prepared):
+    types = fym.head_types(wan, prepared, SETTINGS)
+    fym.begin(fresh, "spatial", prepared, types, SETTINGS, {})
+    done = {name: torch.randn_like(value) for name, value in masked_lora.state(fresh.transformer, "spatial").items()}
+    plain = task("temporal", wan, prepared).validate()
+    begun = fym.begin(wan, "temporal", prepared, types, SETTINGS, {"spatial": done}).validate()
+    masked_lora.clear(wan.transformer)
+    masked_lora.attach(wan.transformer, "spatial", done)
+    masked_lora.use(wan.transformer, {"spatial": 1.0})
+    assert begun == pytest.approx(task("temporal", wan, prepared).validate(), rel=1e-5)  # its own is nothing yet
+    assert abs(begun - plain) > 1e-3
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_the_backward_pass_recomputes_what_the_backbone_says(wan, prepared, policy):
+    wan.checkpoint_policy = policy
+    stage = fym.begin(wan, "spatial", prepared, fym.head_types(wan, prepared, SETTINGS), SETTINGS, {})
+    passes = []
+    wan.transformer.blocks[-1].attn1.register_forward_pre_hook(lambda *_: passes.append(1))
+    stage.module.train()
+    loss, _ = stage.module(*stage.batch(0))
+    loss.backward()
+    assert len(passes) == {"none": 1, "full": 2}[policy]
+
+
+def test_adapters_are_fp32_on_a_bf16_base(folder, prepared):
+    backbone = Backbone.load(str(folder), parts=("transformer", "text"), dtype=torch.bfloat16)
+    stage = fym.begin(backbone, "spatial", prepared, fym.head_types(backbone, prepared, SETTINGS), SETTINGS, {})
+    assert {weight.dtype for weight in stage.module.parameters() if weight.requires_grad} == {torch.float32}
+    loss, _ = stage.module(*stage.batch(0))
+    assert loss.dtype == torch.float32
+
+
+def test_draws_show_every_frame_under_ever_new_noise(wan, prepared):
+    spatial, temporal = task("spatial", wan, prepared), task("temporal", wan, prepared)
+    batches = [spatial.batch(draw) for draw in range(12)]
+    shown = torch.cat([latents[:, :, 0] for latents, *_ in batches])
+    assert all(any(torch.equal(frame, one) for one in shown) for frame in prepared.frames)
+    for noises in (
+        torch.cat([noise for _, noise, *_ in batches]),
+        torch.cat([temporal.batch(draw)[1] for draw in range(6)]),
+    ):
+        assert len(noises.flatten(1)[:, :3].unique(dim=0)) == len(noises)
+    assert len(torch.cat([sigma for *_, sigma, _ in batches]).unique()) == sum(len(batch[0]) for batch in batches)
+
+
+def test_vmc_compares_how_much_each_place_changes_from_frame_to_frame(velocity):
+    other = torch.randn(velocity.shape, generator=torch.Generator().manual_seed(1))
+    one, two = velocity.diff(dim=2).abs(), other.diff(dim=2).abs()
+    agreement = torch.nn.functional.cosine_similarity(one, two, dim=2)
+    wanted = (1 - agreement).flatten(1).mean(1)
+    assert torch.allclose(motion_loss(velocity, other, "vmc"), wanted, atol=1e-5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from vmt_core.adapters.head_types import HeadTypes, band_masks, classify, picture, query_rows, score, spatial_heads
-from vmt_core.backbone.geometry import Geometry
+from vmt_core.backbone.geometry import Geometry, Tap
 
 GRID = Geometry(5, 3, 4)  # 5 frames of 12 tokens
 TOKENS = 60
@@ -38,6 +38,13 @@ def test_ideal_heads_are_typed_right_under_every_rule_wherever_they_stand(rule):
         assert spatial_heads(scores, rule)[0].tolist() == [kind == "spatial" for kind in kinds]
 
 
+@pytest.mark.parametrize(("rule", "spatial"), [("paper", 1), ("code", 3), ("median", 2)])
+def test_where_each_rule_draws_the_line(rule, spatial):
+    """-ln 1.25 = -0.223 belongs to the spatial heads, ln 1.3 = 0.262 to the temporal ones."""
+    scores = torch.tensor([[-0.2232, -0.2231, 0.2623, 0.2624]])
+    assert spatial_heads(scores, rule).tolist() == [[place < spatial for place in range(4)]]
+
+
 def test_some_rows_tell_nearly_what_all_would():
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, TOKENS, 6, 8, generator=generator)
@@ -54,22 +61,25 @@ def test_the_median_halves_the_heads():
     assert int(spatial_heads(scores, "median").sum()) == 12
 
 
-def test_a_models_heads_are_scored_as_by_its_own_attention_maps(tiny):
-    """Against q and k that the taps give, all rows of them."""
-    from vmt_core.backbone.geometry import Tap
-
+@pytest.mark.parametrize("rule", ["median", "paper", "code"])
+def test_a_models_heads_are_scored_as_by_its_own_attention_maps(tiny, rule):
+    """Against q and k that the taps give, all rows of them, in the mean over the rule's noise levels."""
     generator = torch.Generator().manual_seed(1)
     latents = torch.randn(1, 16, 5, 6, 8, generator=generator)
     text = tiny.pad([tiny.caption("a red circle")])
-    types = classify(tiny.transformer, latents, text, rule="code", queries=10_000, seed=3)
+    types = classify(tiny.transformer, latents, text, rule=rule, queries=10_000, seed=3)
     generator = torch.Generator().manual_seed(3)
     rows = query_rows(GRID, 10_000, generator)
     noise = torch.randn(latents.shape, generator=generator)
-    noisy = (1 - 0.9998) * latents + 0.9998 * noise
     for layer, found in enumerate(types.scores):
-        query, key = tiny.features(noisy, torch.tensor([999.8]), text, [Tap(layer, "qk")])[Tap(layer, "qk")]
-        wanted = score(query.flatten(1, 2)[0][rows], key.flatten(1, 2)[0], bands(rows))
-        assert torch.allclose(torch.tensor(found), wanted, atol=1e-5)
+        wanted = []
+        for sigma in {"code": [0.9998]}.get(rule, [0.9, 0.7, 0.5, 0.3]):
+            noisy = (1 - sigma) * latents + sigma * noise
+            tap = Tap(layer, "qk")
+            query, key = tiny.features(noisy, torch.tensor([1000 * sigma]), text, [tap])[tap]
+            wanted.append(score(query.flatten(1, 2)[0][rows], key.flatten(1, 2)[0], bands(rows)))
+        assert torch.allclose(torch.tensor(found), torch.stack(wanted).mean(0), atol=1e-5)
+    assert torch.equal(torch.tensor(types.spatial), spatial_heads(torch.tensor(types.scores), rule))
     assert not any(hook for module in tiny.transformer.modules() for hook in module._forward_hooks.values())
 
 
