@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any
 
 from pipelines import parquet
 from pipelines.storage import Storage, absolute, check_scheme, join
 from schemas import AdapterRow, ManifestRow, RowError, UsageError
 from schemas.rows import ADAPTER_DECIDES, adapter_id
+from vmt_core.adapters import files
 from vmt_core.adapters.settings import TUNING_VERSION, FollowYourMotion
 from vmt_core.methods import Method, build
 
@@ -56,6 +57,33 @@ def check_head_file(storage: Storage, tuning: FollowYourMotion, schemes: Collect
 def index_file(folder: str, adapter_id: str) -> str:
     """Where the index row of an adapter lies, below a folder of adapters."""
     return join(folder, "index", f"{adapter_id}.parquet")
+
+
+def index(storage: Storage, folder: str) -> dict[str, AdapterRow]:
+    """What became of every reference so far, by adapter id, of a folder of adapters."""
+    names = [uri for uri in storage.find(join(folder, "index")) if uri.endswith(".parquet")]
+    found = parquet.each(storage, names, schema=AdapterRow.arrow_schema())
+    return {
+        values["adapter_id"]: AdapterRow.model_validate(values) for _, table in found for values in table.to_pylist()
+    }
+
+
+def lacking(storage: Storage, folder: str, needed: Iterable[AdapterRow]) -> list[AdapterRow]:
+    """Those that are not in a folder of adapters."""
+    there = {uri.rsplit("/", 2)[-2] for uri in storage.find(folder) if uri.endswith(f"/{files.DONE}")}
+    return [row for row in needed if row.adapter_id not in there]
+
+
+def why(storage: Storage, folder: str, row: AdapterRow) -> str:
+    """Why a folder has no adapter of a row, as far as its index says: in brackets, or nothing."""
+    rows = index(storage, folder)
+    if known := rows.get(row.adapter_id):
+        return f" (its tuning failed: {known.error_code})"
+    for other in rows.values():
+        if other.reference_digest == row.reference_digest:
+            names = [name for name in ADAPTER_DECIDES if getattr(other, name) != getattr(row, name)]
+            return f" (one of that clip has another {', '.join(names)}: tune and plan must be told the same)"
+    return ""
 
 
 def failure(storage: Storage, folder: str, adapter_id: str) -> str | None:

@@ -30,6 +30,7 @@ from vmt_core.adapters.masked_lora import Weights
 from vmt_core.adapters.settings import FollowYourMotion
 from vmt_core.backbone.sampler import Schedule, noise, sample
 from vmt_core.backbone.wan import Backbone
+from vmt_core.faults import out_of_memory
 from vmt_core.presets import native
 from vmt_core.tuning import Point, Tuning
 
@@ -84,11 +85,15 @@ def _fit(settings: TuneSettings, storage: Storage, row: AdapterRow, folder: str,
     try:
         fault = trainer.fit().return_value
     except WorkerGroupError as error:
-        raise RowError(
-            ErrorCode.CRASHED,
-            f"its workers died, or hung in a step for limits.row_seconds={settings.limits.row_seconds:g}, "
-            f"{settings.training.attempts} times: {describe(error)[-1500:]}",
-        ) from error
+        times = f"{settings.training.attempts} times: {describe(error)[-1500:]}"
+        if any(map(out_of_memory, error.worker_failures.values())):
+            what = (
+                "its workers ran out of memory (less is needed with --training.checkpoint full, --training.deepspeed.offload, "
+                f"a smaller clips_a_draw or frames_a_draw, or fewer frames), {times}"
+            )
+            raise RowError(ErrorCode.OUT_OF_MEMORY, what) from error
+        what = f"its workers died, or hung in a step for limits.row_seconds={settings.limits.row_seconds:g}, {times}"
+        raise RowError(ErrorCode.CRASHED, what) from error
     except Exception as error:
         kept = join(settings.output, "run", "training", row.adapter_id)
         what = f"its training stopped: {describe(error)[-1500:]}; if that repeats, delete its checkpoints, {kept}"
@@ -103,8 +108,6 @@ def _worker(config: dict[str, Any]) -> tuple[str, str] | None:
         _train(**config)
     except FloatingPointError as error:
         return ErrorCode.NON_FINITE.value, str(error)[:2000]
-    except ValueError as error:
-        return ErrorCode.ADAPTER_UNFIT.value, str(error)[:2000]
     except RowError as error:
         if error.code.transient:
             raise
@@ -150,8 +153,9 @@ def _train(settings: TuneSettings, row: AdapterRow, folder: str, gpus: bool) -> 
             if progress.types is None:
                 try:
                     types = method.head_types(backbone, prepared, tuning)
-                except ValueError as error:  # of the local copy of a file
-                    raise ValueError(str(error).replace(str(tuning.head_file), str(named))) from error
+                except ValueError as error:
+                    what = str(error).replace(str(tuning.head_file), str(named))  # which has a local copy
+                    raise RowError(ErrorCode.ADAPTER_UNFIT, what) from error
                 progress.types = distributed.from_first(types)
             task = method.begin(backbone, stage, prepared, progress.types, tuning, progress.done)
             engine = DeepSpeedEngine(

@@ -16,7 +16,7 @@ import ray
 from ray.data import Dataset
 from ray.data.checkpoint import CheckpointConfig
 
-from pipelines import cluster, lock, manifest, models, progress, report, tune
+from pipelines import adapters, cluster, lock, manifest, models, progress, report, tune
 from pipelines.cluster import RunFailed
 from pipelines.ledger import ID, PARTITIONS, Ledger
 from pipelines.stage import begin
@@ -129,6 +129,16 @@ def _with_adapters(
     elif settings.adapters is None:
         name = next(iter(selection.adapters.values())).method
         raise UsageError(f"{name} needs adapters: give --adapters OUT/adapters of jobs/tune.py, or --tune them now")
+    elif adapters.lacking(storage, place, selection.adapters.values()):
+        needed = _needed(settings, storage, selection)
+        if missing := adapters.lacking(storage, place, needed):
+            text = (
+                f"{len(missing)} of {len(needed)} adapters are not in {place}, that of {missing[0].reference_uri} first"
+            )
+            text += adapters.why(storage, place, missing[0])
+            if len(missing) == len(needed):
+                raise UsageError(f"--adapters: {text}")
+            say(f"note: {text}; their rows fail with adapter_missing")
     return settings.model_copy(update={"adapters": place})
 
 

@@ -39,6 +39,8 @@ from vmt_core.presets import NANO, native
 
 _SHOWN_BAD = 20
 _SILENCE_S = 60  # the longest; a training takes minutes to hours
+_HOPELESS = 5  # trainings that crash with none between them that ends otherwise: that is not because of the references
+_OF_THE_MACHINE = {ErrorCode.CRASHED, ErrorCode.OUT_OF_MEMORY, ErrorCode.STORAGE_UNAVAILABLE}
 _LOOK_S = 5  # between looks at the cluster
 _MOST_AHEAD = 8  # trainings that wait for nodes to come; each is a process on the driver's node
 
@@ -216,11 +218,7 @@ def _workers_share(wanted: list[AdapterRow], workers: int) -> None:
 
 def index(storage: Storage, output: str) -> dict[str, AdapterRow]:
     """What became of every reference so far, by adapter id."""
-    files = [uri for uri in storage.find(join(output, "adapters", "index")) if uri.endswith(".parquet")]
-    found = parquet.each(storage, files, schema=AdapterRow.arrow_schema())
-    return {
-        values["adapter_id"]: AdapterRow.model_validate(values) for _, table in found for values in table.to_pylist()
-    }
+    return adapters.index(storage, join(output, "adapters"))
 
 
 def uses_gpus(settings: TuneSettings) -> bool:
@@ -306,7 +304,7 @@ def _train_all(
 
     began, stopping, telling = time.monotonic(), threading.Event(), threading.Lock()
     ended: list[AdapterRow] = []
-    told = began
+    told, crashes = began, 0
 
     def one(row: AdapterRow) -> None:
         try:
@@ -318,8 +316,10 @@ def _train_all(
         finished = _keep(storage, settings.output, finished)
         if finished.status == "ok":
             _forget(settings, storage, row.adapter_id)
+        nonlocal crashes
         with telling:
             ended.append(finished)
+            crashes = crashes + 1 if finished.error_code in _OF_THE_MACHINE else 0
             tell()
 
     def tell() -> None:
@@ -344,12 +344,18 @@ def _train_all(
             over, running = wait(running, timeout=_LOOK_S, return_when=FIRST_COMPLETED)
             for future in over:
                 future.result()
+            if crashes >= _HOPELESS and (waiting or running):
+                last = ended[-1]
+                raise RunFailed(
+                    f"{crashes} trainings one after the other ended with a fault of the machine or of the settings, the last with "
+                    f"{last.error_code}: {last.error_message}; see to that, then the same command with --retry-failed goes on from there"
+                )
             with telling:
                 if time.monotonic() - told >= max(_SILENCE_S, settings.progress_s):
                     tell()
     except BaseException as error:
         stopping.set()
-        if isinstance(error, Exception):
+        if isinstance(error, Exception) and not isinstance(error, RunFailed):
             raise RunFailed(f"{describe(error)}; the same command goes on from there") from error
         raise
     finally:

@@ -143,6 +143,104 @@ def test_how_many_trainings_wait_for_nodes(settings, flags, room, expected):
     assert tune._ahead(settings.model_copy(update=flags), room) == expected
 
 
+@pytest.mark.parametrize(("well", "ended"), [((), 5), ((3,), 9), ((8,), 5)], ids=["none", "one between", "too late"])
+def test_a_fleet_whose_trainings_all_crash_is_stopped(settings, monkeypatch, well, ended):
+    def train(_settings, _storage, row, *, gpus):
+        if int(row.reference_digest, 16) in well:
+            return {"folder": "f"}
+        raise RowError(ErrorCode.OUT_OF_MEMORY, "CUDA out of memory")
+
+    monkeypatch.setattr(training, "train_adapter", train)
+    monkeypatch.setattr(tune, "_room", lambda *_, **__: 1)
+    chosen = [adapter(number) for number in range(9)]
+    if ended < 9:
+        with pytest.raises(
+            RunFailed, match=r"5 trainings one after the other .*: CUDA out of memory; .* --retry-failed"
+        ):
+            tune._train_all(settings, Storage(), chosen, say=lambda _: None, gpus=False)
+    else:  # the last five end with the run
+        tune._train_all(settings, Storage(), chosen, say=lambda _: None, gpus=False)
+    assert len(tune.index(Storage(), settings.output)) == ended
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "words"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), "out_of_memory", "clips_a_draw"),
+        (OSError(5, "Input/output error"), "crashed", "its workers died, or hung in a step"),
+    ],
+)
+def test_a_training_says_what_its_workers_died_of(settings, monkeypatch, fault, code, words):
+    class Trainer:
+        def __init__(self, *_, **__):
+            pass
+
+        def fit(self):
+            raise training.WorkerGroupError(str(fault), {0: ValueError("its neighbour is gone"), 1: fault})
+
+    monkeypatch.setattr(training.ray.train.torch, "TorchTrainer", Trainer)
+    with pytest.raises(RowError, match=words) as caught:
+        training._fit(settings, Storage(), adapter(), "folder", gpus=False)
+    assert caught.value.code == code
+    assert "3 times" in caught.value.message and str(fault) in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("fault", "code"),
+    [
+        (RowError(ErrorCode.ADAPTER_UNFIT, "finds no spatial head"), "adapter_unfit"),
+        (FloatingPointError("not finite"), "non_finite"),
+        (RowError(ErrorCode.STORAGE_UNAVAILABLE, "still failing"), None),
+        (ValueError("/weights: cannot be loaded (OSError: Input/output error)"), None),
+    ],
+)
+def test_what_another_try_may_mend_is_tried_again(monkeypatch, fault, code):
+    """Ray does so with what a worker raises; what it returns stands."""
+
+    def train(**_):
+        raise fault
+
+    monkeypatch.setattr(training, "_train", train)
+    if code is None:
+        with pytest.raises(type(fault)):
+            training._worker({})
+    else:
+        assert training._worker({}) == (
+            code,
+            str(fault.args[-1]) if isinstance(fault, FloatingPointError) else fault.message,
+        )
+
+
+def test_a_transfer_whose_adapters_are_of_another_tuning_says_so_before_it_begins(tmp_path, monkeypatch):
+    own = {"method": "follow_your_motion", "method_settings": '{"preset":"nano"}', "caption": "a red circle"}
+    rows, needed = [], []
+    for number in range(2):
+        values = own | {"reference_digest": f"{number:064x}"}
+        needed.append(adapters.wanted(row("a star", adapter_id="0" * 32, **values)))
+        rows.append(row("a star", adapter_id=needed[-1].adapter_id, **values))
+    settings = TransferSettings(
+        manifest=write_manifest(tmp_path / "manifest", rows), output=str(tmp_path / "out"), adapters=str(tmp_path / "adapters")
+    )  # fmt: skip
+    storage, said = Storage(), []
+    selection = transfer.manifest.check(storage, settings.manifest, revision=rows[0].model_revision)
+    other = AdapterRow.planned(**needed[0].model_dump(exclude={"adapter_id", "fps", "status"}), fps=7.0)
+    tune._keep(storage, str(tmp_path), other.model_copy(update={"status": "ok"}))
+    wrong = (
+        r"--adapters: 2 of 2 adapters are not in .*, that of .* first \(one of that clip has another fps: tune and plan"
+    )
+    with pytest.raises(UsageError, match=wrong):
+        transfer._with_adapters(settings, storage, selection, said.append)
+    storage.write(f"{folder_of(str(tmp_path), needed[0])}/{files.DONE}", b"{}")
+    failed = {"status": "failed", "error_code": ErrorCode.NON_FINITE, "error_message": "nan"}
+    tune._keep(storage, str(tmp_path), needed[1].model_copy(update=failed))
+    transfer._with_adapters(settings, storage, selection, said.append)
+    (note,) = said
+    assert note.startswith("note: 1 of 2 adapters are not in") and "(its tuning failed: non_finite)" in note
+    monkeypatch.setattr(Ledger, "done", lambda self: {rows[1].sample_id: "adapter_missing"})
+    transfer._with_adapters(settings, storage, selection, said.append)
+    assert said == [note]  # nothing to be made lacks one
+
+
 def test_what_another_driver_finished_before_the_lock_was_had_is_not_tuned_again(settings, monkeypatch):
     storage, one = Storage(), adapter()
     held = tune.lock.held
