@@ -149,7 +149,12 @@ class VideoSettings(Section):
 class DeepSpeedSettings(Section):
     """How the training of one adapter is spread over its workers."""
 
-    zero: int = Field(default=0, ge=0, le=3, description="ZeRO stage: what is parted among workers; at least 1 in bf16 and with offload")
+    zero: int = Field(
+        default=0,
+        ge=0,
+        le=3,
+        description="ZeRO stage: what is parted among workers; at least 1 in bf16 and with offload",
+    )
     offload: bool = Field(default=False, description="keep optimizer state (and, with zero=3, weights) in CPU memory")
     bf16: bool | None = Field(
         default=None, description="train in bf16 with fp32 masters, or in fp32; default: bf16 on GPUs"
