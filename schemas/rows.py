@@ -16,6 +16,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from schemas.errors import ErrorCode
+from schemas.sections import Seed
 
 SAMPLE_ID_PATTERN = r"^[0-9a-f]{32}$"
 #: Of a video, as far as Wan's table of positions goes: 1024 latents of four frames, 1024 tokens of 16 pixels a side.
@@ -101,7 +102,7 @@ class ManifestRow(Row):
     negative_prompt: str = ""
     method: str = Field(pattern=r"^[a-z0-9_]{1,64}$")
     method_settings: str = Field(default="{}", description="JSON, complete: every setting of the method")
-    seed: int = Field(ge=0, lt=2**63)
+    seed: Seed
     steps: int = Field(ge=1, le=1000)
     shift: float = Field(gt=0, le=1000, allow_inf_nan=False)
     guidance_scale: float = Field(ge=0, le=1000, allow_inf_nan=False)

@@ -46,7 +46,9 @@ _MOST_SEEDS = 100_000
 Place = Annotated[str, Field(min_length=1)]  # a file, a folder or a prefix
 CommaStrings = Annotated[tuple[str, ...], NoDecode, BeforeValidator(_comma_list)]
 CommaExports = Annotated[tuple[Literal["comfyui", "merged"], ...], NoDecode, BeforeValidator(_comma_list)]
-CommaSeeds = Annotated[tuple[Annotated[int, Field(ge=0, lt=2**63)], ...], NoDecode, BeforeValidator(_seeds)]
+#: torch's generator of the CPU takes 32 bits of a seed: larger ones would make the same videos again.
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+CommaSeeds = Annotated[tuple[Seed, ...], NoDecode, BeforeValidator(_seeds)]
 
 
 class Section(BaseModel):

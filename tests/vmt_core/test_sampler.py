@@ -84,6 +84,13 @@ def test_noise_follows_from_the_seed_alone():
     assert torch.equal(noise(7, SHAPE)[0], first)
 
 
+@pytest.mark.parametrize("seed", [-1, 2**32, 2**63])
+def test_seeds_that_would_repeat_the_noise_of_others_are_refused(seed):
+    assert len({float(noise(one, (1,))[0]) for one in (0, 1, 2**31, 2**32 - 1)}) == 4
+    with pytest.raises(ValueError, match=f"seed {seed} is not from 0 to 4294967295"):
+        noise(seed, (1,))
+
+
 def test_noised_is_the_flow_matching_path():
     clean, eps = latents(0), latents(1)
     assert torch.equal(noised(clean, eps, 0.0), clean)

@@ -113,9 +113,12 @@ def head_types(backbone: Backbone, prepared: Prepared, settings: FollowYourMotio
         config = backbone.transformer.config
         file = Path(str(settings.head_file))
         types = HeadTypes.load(file, layers=config.num_layers, heads=config.num_attention_heads)
+        if types.model and backbone.revision and types.model != backbone.revision:
+            raise ValueError(f"{file}: head types of model {types.model}, this one is {backbone.revision}")
     else:
         latents = prepared.latents.unsqueeze(0).to(backbone.device)
         types = classify(backbone.transformer, latents, backbone.pad([prepared.text]), rule=settings.head_rule)
+        types = types.model_copy(update={"model": backbone.revision})
     _check(prepared, types, settings)
     return types
 
@@ -160,7 +163,15 @@ def begin(
     for other, weights in done.items():
         masked_lora.attach(transformer, other, weights)
     heads = types.group(stage if settings.decouple else "all")
-    masked_lora.add(transformer, stage, heads, rank=settings.rank, alpha=settings.alpha, targets=settings.targets)
+    masked_lora.add(
+        transformer,
+        stage,
+        heads,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        targets=settings.targets,
+        seed=settings.seed,
+    )
     masked_lora.train_only(transformer, stage, beside=list(done))
     return TASKS[stage](transformer, prepared, settings, backbone.pad([prepared.text]).cpu())
 
@@ -223,6 +234,11 @@ class _Stage:
         self.schedule: StageSchedule = getattr(settings, self.name)
         self.module = VelocityLoss(transformer, settings)
 
+    def generator(self, number: int) -> torch.Generator:
+        """Of a draw's random numbers: they follow from its number and the settings' seed alone."""
+        # of which torch takes 32 bits: seeds lie far apart in them
+        return torch.Generator().manual_seed((self.settings.seed * 2654435761 + number) % 2**32)
+
 
 class SpatialTask(_Stage):
     """Appearance: random single frames, as images."""
@@ -230,7 +246,7 @@ class SpatialTask(_Stage):
     name = "spatial"
 
     def batch(self, draw: int) -> Batch:
-        generator = torch.Generator().manual_seed(2 * draw)
+        generator = self.generator(2 * draw)
         count = self.settings.frames_a_draw
         picked = torch.randint(len(self.prepared.frames), (count,), generator=generator)
         latents = self.prepared.frames[picked].unsqueeze(2)
@@ -248,7 +264,7 @@ class TemporalTask(_Stage):
     name = "temporal"
 
     def batch(self, draw: int) -> Batch:
-        generator = torch.Generator().manual_seed(2 * draw + 1)
+        generator = self.generator(2 * draw + 1)
         settings, source = self.settings, _seen(self.prepared, self.settings)
         indices = settings.indices(source.shape[1], generator)
         positions = settings.temporal_positions(indices, self.prepared.latents.shape[1])

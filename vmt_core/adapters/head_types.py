@@ -42,6 +42,7 @@ class HeadTypes(BaseModel):
     rule: str
     scores: list[list[float]]
     spatial: list[list[bool]]
+    model: str = ""  # revision of the weights they are of, where it is known
 
     @model_validator(mode="after")
     def _tables_are_alike(self) -> Self:

@@ -60,6 +60,8 @@ class FollowYourMotion(BaseModel):
         description="of the loss over noise levels: next to nothing near pure noise, or alike (where motion is decided there)",
     )
 
+    seed: int = Field(default=0, ge=0, lt=2**30, description="of first weights, frames, noise and its levels")
+
     @model_validator(mode="after")
     def _a_file_has_a_name(self) -> Self:
         if (self.head_rule == "file") != (self.head_file is not None):

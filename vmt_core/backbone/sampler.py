@@ -55,7 +55,13 @@ def shifted(u: Tensor, shift: Tensor | float) -> Tensor:
 
 
 def noise(seed: int, shape: torch.Size | tuple[int, ...], *, draws: int = 1) -> list[Latents]:
-    """`draws` standard normal latents from a CPU generator of this seed alone: the same on every device, in any batch."""
+    """`draws` standard normal latents from a CPU generator of this seed alone: the same on every device, in any batch.
+
+    Raises:
+        ValueError: a seed of more than the 32 bits that the generator takes; it would give what a smaller one gives.
+    """
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed {seed} is not from 0 to {2**32 - 1}")
     generator = torch.Generator("cpu").manual_seed(seed)
     return [torch.randn(tuple(shape), generator=generator, dtype=torch.float32) for _ in range(draws)]
 

@@ -355,6 +355,27 @@ def test_heads_can_come_from_a_file(tiny, prepared, tmp_path):
             settings(**wrong)
 
 
+def test_head_types_are_those_of_one_model(tiny, prepared, tmp_path):
+    types = fym.head_types(tiny, prepared, SETTINGS)
+    assert types.model == tiny.revision != ""
+    types.model_copy(update={"model": "0" * 16}).save(tmp_path / "heads.json")
+    with pytest.raises(ValueError, match=f"head types of model 0000000000000000, this one is {tiny.revision}"):
+        fym.head_types(tiny, prepared, settings(head_rule="file", head_file=str(tmp_path / "heads.json")))
+
+
+def test_another_seed_is_another_training(wan, fresh, prepared):
+    """Seed 0 is what there was before there were seeds."""
+    types, found = fym.head_types(wan, prepared, SETTINGS), []
+    for seed, backbone in ((0, wan), (1, fresh)):
+        stage = fym.begin(backbone, "temporal", prepared, types, settings(seed=seed), {})
+        found.append((stage.batch(3), masked_lora.state(backbone.transformer, "temporal")))
+    (one, weights), (two, others) = found
+    assert not torch.equal(one[1], two[1]) and not torch.equal(one[2], two[2])
+    assert any(not torch.equal(weights[key], others[key]) for key in weights)
+    latents, noise, *_ = task("temporal", wan, prepared, settings(sparse="off")).batch(3)
+    assert torch.equal(noise, torch.randn(latents.shape, generator=torch.Generator().manual_seed(7)))
+
+
 def test_a_draw_follows_from_its_number(wan, prepared):
     one, same, other = (task("temporal", wan, prepared).batch(draw) for draw in (5, 5, 6))
     assert all(torch.equal(a, b) for a, b in zip(one[:3], same[:3], strict=True))
