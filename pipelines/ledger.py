@@ -22,6 +22,7 @@ from schemas import ResultRow
 ID = "sample_id"
 PARTITIONS = ["status", "method"]
 _PENDING = ".pending.parquet"
+_MANY = 500  # files of the checkpoint, of which Ray would read each: they become one
 Report = Callable[[str], None]
 
 
@@ -48,9 +49,10 @@ class Ledger:
         """
         self._settle_pending()
         done = self._without_duplicates()
-        committed = self._committed()
-        if committed != done.keys():
-            if committed:
+        files = _parquet(self._storage, self.checkpoint)
+        committed = {row for _, table in parquet.each(self._storage, files, [ID]) for row in table[ID].to_pylist()}
+        if committed != done.keys() or len(files) > _MANY:
+            if committed and committed != done.keys():
                 self._report(f"mending the checkpoint: it held {len(committed)} ids, the results {len(done)}")
             self._rewrite_checkpoint(done)
         return done
@@ -142,18 +144,13 @@ class Ledger:
             rest = table.filter(pc.invert(pc.is_in(table[ID], pa.array(sorted(unwanted)))))
             if rest.num_rows:
                 self._write(file.rsplit("/", 1)[0], rest)
-            self._storage.delete(file)
-
-    def _committed(self) -> set[str]:
-        files = _parquet(self._storage, self.checkpoint)
-        return {row for _, table in parquet.each(self._storage, files, [ID]) for row in table[ID].to_pylist()}
+        self._storage.delete_all(files)
 
     def _rewrite_checkpoint(self, rows: Collection[str]) -> None:
         old = self._storage.find(self.checkpoint)
         if rows:
             self._write(self.checkpoint, pa.table({ID: pa.array(sorted(rows), pa.string())}))
-        for uri in old:
-            self._storage.delete(uri)
+        self._storage.delete_all(old)
 
     def _write(self, folder: str, table: pa.Table) -> None:
         parquet.write(self._storage, join(folder, f"mended-{uuid.uuid4().hex}.parquet"), table)

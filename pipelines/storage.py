@@ -19,6 +19,7 @@ import socket
 import time
 import uuid
 from collections.abc import Callable, Collection
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -241,6 +242,11 @@ class Storage:
         fs, path = self.filesystem(uri)
         with contextlib.suppress(FileNotFoundError):
             self._retry(f"delete {uri}", lambda: fs.rm_file(path))
+
+    def delete_all(self, uris: Collection[str]) -> None:
+        """The same for many, side by side."""
+        with ThreadPoolExecutor(16) as pool:
+            list(pool.map(self.delete, uris))
 
     def _uri(self, like: str, path: str) -> str:
         kind = scheme(like)

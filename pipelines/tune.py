@@ -292,8 +292,7 @@ def _kept(settings: TuneSettings, storage: Storage) -> set[str]:
 
 def _forget(settings: TuneSettings, storage: Storage, adapter_id: str) -> None:
     """Deletes the checkpoints of an adapter that is whole and stands in the index."""
-    for uri in storage.find(join(settings.output, "run", "training", adapter_id)):
-        storage.delete(uri)
+    storage.delete_all(storage.find(join(settings.output, "run", "training", adapter_id)))
 
 
 def _train_all(

@@ -128,3 +128,17 @@ def test_scan_gives_the_partition_columns_and_only_the_rows_asked_for(out, ledge
     (batch,) = [batch for batch in ledger.scan(["sample_id", "status", "method"], ids(result(2))) if batch.num_rows]
     assert batch.to_pylist() == [{"sample_id": result(2).sample_id, "status": "failed", "method": "none"}]
     assert sum(batch.num_rows for batch in ledger.scan(["sample_id"], set())) == 0
+
+
+def test_a_checkpoint_of_many_files_becomes_one(out, ledger, monkeypatch):
+    """Ray reads every file of it before a run begins."""
+    monkeypatch.setattr("pipelines.ledger._MANY", 2)
+    for number in range(3):
+        commit(out, f"a_{number:06d}", [result(number)])
+    everything = ids(*map(result, range(3)))
+    assert sorted(ledger.mend()) == everything == committed(out)
+    assert len(list((out / "run/checkpoint").iterdir())) == 1
+    assert len(list(out.glob("results/*/*/*.parquet"))) == 3
+    commit(out, "b_000000", [result(3)])
+    ledger.mend()
+    assert len(list((out / "run/checkpoint").iterdir())) == 2

@@ -117,6 +117,17 @@ def test_objects_are_found_below_a_prefix(storage, root):
     assert not storage.is_folder(f"{root}/a/1.mp4")
 
 
+def test_what_is_deleted_is_gone_one_or_many_there_or_not(storage, root):
+    uris = [f"{root}/{number}" for number in range(40)]
+    for uri in uris:
+        storage.write(uri, b"x")
+    storage.delete(uris[0])
+    storage.delete(uris[0])
+    storage.delete_all(uris[:30])
+    assert storage.find(root) == sorted(uris[30:])
+    storage.delete_all([])
+
+
 def test_a_new_object_is_seen_at_once(storage, root):
     assert not storage.exists(f"{root}/a")
     assert storage.find(root) == []
