@@ -22,7 +22,9 @@ from schemas import ResultRow
 ID = "sample_id"
 PARTITIONS = ["status", "method"]
 _PENDING = ".pending.parquet"
-_MANY = 500  # files of the checkpoint, of which Ray would read each: they become one
+_OURS = "mended-"  # files that are not of a block
+_MANY = 500  # files of a folder that become few: Ray reads every one of the checkpoint, people those of the results
+_ROWS = 20_000  # of a gathered file
 Report = Callable[[str], None]
 
 
@@ -66,6 +68,32 @@ class Ledger:
         chosen = set(rows)
         self._rewrite_checkpoint([row for row in self.done() if row not in chosen])
         self._remove(chosen)
+
+    def gather(self) -> None:
+        """Makes few files of very many, a folder at a time, for those who read the results; `mend` puts right what dies within it.
+
+        Only after a run: then nothing is pending that names of files say what it belongs to.
+        """
+        folders: dict[str, list[str]] = {}
+        for uri in _parquet(self._storage, self.results):
+            folder, name = uri.rsplit("/", 1)
+            if not name.startswith(_OURS):
+                folders.setdefault(folder, []).append(uri)
+        for folder, files in folders.items():
+            if len(files) > _MANY:
+                self._report(f"gathering {len(files)} files of {folder}")
+                self._gather(folder, files)
+
+    def _gather(self, folder: str, files: list[str]) -> None:
+        tables: dict[str, pa.Table] = {}
+        rows = 0
+        for uri, table in parquet.each(self._storage, files):
+            tables[uri] = table
+            rows += table.num_rows
+            if rows >= _ROWS or uri == files[-1]:
+                self._write(folder, pa.concat_tables(tables.values(), promote_options="default"))
+                self._storage.delete_all(tables.keys())
+                tables, rows = {}, 0
 
     def scan(self, columns: Sequence[str], rows: Collection[str] | None = None) -> Iterator[pa.Table]:
         """Columns of the result rows (of some ids, or all), a file at a time.
@@ -153,7 +181,7 @@ class Ledger:
         self._storage.delete_all(old)
 
     def _write(self, folder: str, table: pa.Table) -> None:
-        parquet.write(self._storage, join(folder, f"mended-{uuid.uuid4().hex}.parquet"), table)
+        parquet.write(self._storage, join(folder, f"{_OURS}{uuid.uuid4().hex}.parquet"), table)
 
 
 def _parquet(storage: Storage, folder: str) -> list[str]:

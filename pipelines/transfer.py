@@ -71,6 +71,7 @@ def run(settings: TransferSettings, say: Callable[[str], None] = print) -> dict[
         if chosen:
             with _source(settings, storage, chosen, whole=not (left or settings.method or settings.samples)) as source:
                 working = _execute(settings, storage, ledger, source, chosen, run_id, say)
+        ledger.gather()
         summary = {
             "title": "Motion transfer",
             "run_id": run_id,

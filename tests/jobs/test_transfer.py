@@ -66,7 +66,7 @@ def test_a_row_is_the_video_that_the_core_makes_of_it(made, model, tmp_path):
         assert (seen(rows[method, 0].video_uri) - wanted).abs().mean() > 5  # the other seed
 
 
-def test_a_manifest_becomes_videos_that_are_accounted_for(made, model):
+def test_a_manifest_becomes_videos_that_are_accounted_for(made, model, monkeypatch):
     source, output, text = made
     assert "12 selected = 12 ok + 0 failed + 0 left" in text
     one = {row.sample_id: row for row in jobs.results(output)}
@@ -94,9 +94,12 @@ def test_a_manifest_becomes_videos_that_are_accounted_for(made, model):
     assert "a yellow star at night" in page
     assert json.loads((output / "run/settings.json").read_text())["transfer"]["batch_rows"] == 4
 
+    monkeypatch.setattr("pipelines.ledger._MANY", 1)  # files of a method
     code, text = jobs.here("transfer", "--manifest", source, "--model", model, "--output", output)
     assert code == 0
     assert "nothing was left to make" in text
+    assert "gathering" in text and len(list(output.glob("results/status=ok/method=*/*.parquet"))) == 3
+    assert {row.sample_id: row for row in jobs.results(output)} == one
     some = ["--manifest", source, "--model", model, "--output", output, "--samples"]
     code, text = jobs.here("transfer", *some, ",".join([*one][:2]))
     assert code == 0

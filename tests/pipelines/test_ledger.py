@@ -142,3 +142,51 @@ def test_a_checkpoint_of_many_files_becomes_one(out, ledger, monkeypatch):
     commit(out, "b_000000", [result(3)])
     ledger.mend()
     assert len(list((out / "run/checkpoint").iterdir())) == 2
+
+
+@pytest.fixture
+def many(out, monkeypatch):
+    """Results in five files of one folder and one of another; the first is of a version with another column."""
+    monkeypatch.setattr("pipelines.ledger._MANY", 4)
+    for number in range(5):
+        commit(out, f"a_{number:06d}", [result(2 * number), result(2 * number + 1)])
+    commit(out, "b_000000", [result(10, failed=True)])
+    first = out / "results/status=ok/method=none/a_000000-0.parquet"
+    table = pq.read_table(first, partitioning=None)
+    pq.write_table(table.drop_columns(["notes"]).append_column("older", pa.array([1.0, 2.0])), first)
+    return [result(number) for number in range(10)] + [result(10, failed=True)]
+
+
+@pytest.mark.parametrize(("rows", "files"), [(1000, 1), (4, 3)])
+def test_many_result_files_become_few_with_all_that_was_in_them(out, ledger, many, monkeypatch, rows, files):
+    monkeypatch.setattr("pipelines.ledger._ROWS", rows)
+    columns = [field.name for field in ResultRow.arrow_schema()]
+    before = {row["sample_id"]: row for table in ledger.scan(columns) for row in table.to_pylist()}
+    ledger.gather()
+    assert len(list(out.glob("results/status=ok/*/*.parquet"))) == files
+    assert len(list(out.glob("results/status=failed/*/b_000000-0.parquet"))) == 1
+    after = [row for table in ledger.scan(columns) for row in table.to_pylist()]
+    assert len(after) == len(before) == len(many)
+    assert {row["sample_id"]: row for row in after} == before
+    assert sorted(ledger.mend()) == ids(*many) == committed(out)
+    made = [pq.ParquetFile(file).read() for file in out.glob("results/status=ok/*/*.parquet")]
+    older = [value for table in made if "older" in table.column_names for value in table["older"].to_pylist()]
+    assert [value for value in older if value] == [1.0, 2.0]
+    names = sorted(out.rglob("*.parquet"))
+    monkeypatch.setattr("pipelines.ledger._MANY", 0)
+    (out / "results/status=failed/method=none/b_000000-0.parquet").unlink()
+    ledger.gather()
+    assert sorted(out.glob("results/status=ok/*/*.parquet")) == [name for name in names if "status=ok" in str(name)]
+
+
+def test_gathering_that_dies_leaves_every_row_once_after_mending(out, ledger, many, monkeypatch):
+    def dies(_):
+        raise OSError("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ledger._storage, "delete_all", dies)
+        with pytest.raises(OSError, match="killed"):
+            ledger.gather()
+    assert len(list(out.glob("results/status=ok/*/*.parquet"))) == 6
+    assert sorted(ledger.mend()) == ids(*many)
+    assert sum(table.num_rows for table in ledger.scan(["sample_id"])) == len(many)
