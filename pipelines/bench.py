@@ -72,7 +72,7 @@ def run(settings: BenchSettings, say: Callable[[str], None] = print) -> dict[str
             settings,
             run=[settings.output],
             output=join(settings.output, "evaluation"),
-            device="cuda" if settings.measure.gpus else "cpu",
+            device="auto",
         )
     )
     summary, lines = evaluate.compared(measured, say)

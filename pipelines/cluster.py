@@ -18,7 +18,7 @@ from ray.data import ActorPoolStrategy, DataContext
 from ray.exceptions import RayTaskError
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from schemas import RaySettings, StageSettings
+from schemas import RaySettings, StageSettings, UsageError
 
 #: Logical CPUs that Ray Data itself wants at once beside the pools: read, repartition, write, and the filter of what is done.
 ENGINE_CPUS = 4
@@ -72,6 +72,26 @@ def reason(error: BaseException) -> str:
 def address_of(settings: RaySettings) -> str | None:
     """Of the cluster to use; None: one of this machine, of its own."""
     return settings.address or os.environ.get("RAY_ADDRESS")
+
+
+def unreserved(settings: RaySettings, device: str, pools: Mapping[str, StageSettings]) -> str | None:
+    """What is to be said where actors are to compute on GPUs that Ray does not reserve for them; None where it does.
+
+    Ray hides no GPU from actors without one: on every node they all would take the first.
+
+    Raises:
+        UsageError: so on a cluster, whose nodes may have several GPUs, others' work on them, or none.
+    """
+    bare = [name for name, pool in pools.items() if not pool.gpus]
+    if device != "cuda" or not bare:
+        return None
+    text = (
+        f"--device cuda, but {' and '.join(f'{name}.gpus=0' for name in bare)}: Ray reserves no GPU for these actors, so they all "
+        f"take the first one of their node; --{bare[0]}.gpus 0.25 gives each a quarter, and cuda without --device"
+    )
+    if address_of(settings):
+        raise UsageError(text)
+    return f"note: {text}"
 
 
 def cpus(settings: RaySettings) -> float:

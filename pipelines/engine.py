@@ -105,12 +105,15 @@ class DeepSpeedEngine:
         """Lets AdamW make its moments, which it does at its first step: one of length zero. ZeRO 3 hands it its weights at steps only."""
         for part in getattr(self.optimizer, "fp32_partitioned_groups_flat", ()):
             self.adamw.state[part] = {"step": torch.zeros(()), **{key: torch.zeros_like(part) for key in MOMENTS}}
+        parts = [part for group in self.adamw.param_groups for part in group["params"]]
+        kept = [part.grad for part in parts]  # with offload DeepSpeed's own, into which it writes gradients ever after
         for group in self.adamw.param_groups:
             group["lr"] = 0.0
-            for part in group["params"]:
-                part.grad = torch.zeros_like(part)
+        for part in parts:
+            part.grad = torch.zeros_like(part)
         self.adamw.step()
-        self.adamw.zero_grad(set_to_none=True)
+        for part, gradient in zip(parts, kept, strict=True):
+            part.grad = gradient
         if hasattr(self.optimizer, "_lazy_init_hp_params_optimizer_state"):
             self.optimizer._lazy_init_hp_params_optimizer_state()
 

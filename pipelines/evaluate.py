@@ -51,6 +51,8 @@ def compared(settings: EvaluateSettings, say: Callable[[str], None]) -> tuple[di
         RunFailed: it stopped before its end; the same command goes on from there.
     """
     storage, began = Storage(settings.storage), time.monotonic()
+    if note := cluster.unreserved(settings.ray, settings.device, {"measure": settings.measure}):
+        say(note)
     settings = everywhere(settings)
     try:
         found = {output: Ledger(storage, output).done() for output in settings.run}
@@ -118,7 +120,10 @@ def compared(settings: EvaluateSettings, say: Callable[[str], None]) -> tuple[di
 
 
 def everywhere(settings: EvaluateSettings) -> EvaluateSettings:
-    """The settings with places that mean the same to actors, which have another directory; they also name the metrics' suite."""
+    """The settings with places that mean the same to actors, which have another directory, and with the device where they compute.
+
+    The places name the metrics' suite as well.
+    """
     places: dict[str, Any] = {
         "run": list(dict.fromkeys(map(absolute, settings.run))),
         "output": absolute(settings.output),
@@ -127,6 +132,8 @@ def everywhere(settings: EvaluateSettings) -> EvaluateSettings:
         places[name] = models.anywhere(model) if (model := getattr(settings, name)) else None
     for name in ("aesthetic_head", "cotracker", "amt"):
         places[name] = absolute(file) if (file := getattr(settings, name)) else None
+    if settings.device == "auto":
+        places["device"] = "cuda" if settings.measure.gpus else "cpu"
     return settings.model_copy(update=places)
 
 

@@ -74,7 +74,7 @@ class Stage(ABC):
         """
 
     def free(self) -> None:
-        """Gives back what memory it can, before a smaller try."""
+        """Gives back what memory it can: before a smaller try, and after each where others share the GPU."""
         gc.collect()
 
     def groups(self, rows: list[Row]) -> list[list[Row]]:
@@ -121,6 +121,8 @@ class Stage(ABC):
             for row in group:
                 self._run([row])
             return
+        if 0 < self.resources.gpus < 1:
+            self.free()
         self.live.ended(group, outcomes, seconds)
         for row, outcome in zip(group, outcomes, strict=True):
             row[f"seconds_{self.name}"] = seconds / len(group)
@@ -136,6 +138,7 @@ class Stage(ABC):
             Unwritable: the output takes no files, which ends the run: it says nothing of the rows, and is the same for all.
         """
         for smaller in (False, True):
+            memory, failed = False, None
             try:
                 return self.work(group, smaller=smaller)
             except RowError as error:
@@ -149,8 +152,6 @@ class Stage(ABC):
             except Exception as error:
                 end_if_broken(self.name, error)
                 memory = out_of_memory(error)
-                if memory:
-                    self.free()
                 if len(group) > 1:
                     what = "running out of memory" if memory else describe(error)
                     for row in group:
@@ -158,15 +159,14 @@ class Stage(ABC):
                 elif not memory:
                     return [RowError(ErrorCode.INTERNAL, describe(error))]
                 elif smaller:
-                    return [
-                        RowError(
-                            ErrorCode.OUT_OF_MEMORY, f"{describe(error)}; lower the size, or give the stage more memory"
-                        )
-                    ]
+                    what = f"{describe(error)}; lower the size, or give the stage more memory"
+                    failed = [RowError(ErrorCode.OUT_OF_MEMORY, what)]
                 else:
                     _note(group[0], f"{self.name}: with less memory, after running out of it")
-                    continue
-            return None
+            if memory:
+                self.free()  # not before: the exception holds what it was raised among
+            if failed or len(group) > 1 or not memory:
+                return failed
         raise AssertionError("unreachable")
 
     def _fail(self, row: Row, error: RowError) -> None:

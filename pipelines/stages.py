@@ -48,7 +48,16 @@ def device(settings: TransferSettings, resources: StageSettings) -> torch.device
     return torch.device("cpu")
 
 
-class Encode(Stage):
+class _OnGpus(Stage):
+    """A stage whose memory is torch's."""
+
+    def free(self) -> None:
+        super().free()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class Encode(_OnGpus):
     """Reads references and prompts. A reference's latents and a prompt's embedding are computed once (bounded caches)."""
 
     name = "encode"
@@ -124,7 +133,7 @@ class Encode(Stage):
         return _pack({"latents": backbone.encode(frames)}), shown
 
 
-class Transfer(Stage):
+class Transfer(_OnGpus):
     """Runs the diffusion transformer on rows of one size and method together. A reference's motion is computed once."""
 
     name = "transfer"
@@ -135,11 +144,6 @@ class Transfer(Stage):
         self.artifacts: Cache[Artifact] = Cache(8)
         self.adapters: Cache[dict[str, Weights]] = Cache(8)
         self.transfers: Cache[MotionTransfer] = Cache(1)
-
-    def free(self) -> None:
-        super().free()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
 
     def groups(self, rows: list[Row]) -> list[list[Row]]:
         alike: dict[Hashable, list[Row]] = {}
@@ -225,7 +229,7 @@ class Transfer(Stage):
                 raise RowError(ErrorCode.ADAPTER_UNFIT, str(error).replace(scratch, folder)) from error
 
 
-class Finish(LastStage):
+class Finish(_OnGpus, LastStage):
     """Decodes latents, writes the video, checks it, uploads it; then, and only then, the row is ok."""
 
     name = "finish"

@@ -51,6 +51,9 @@ def run(settings: TransferSettings, say: Callable[[str], None] = print) -> dict[
         revision = models.revision(settings.model, storage)
     except FileNotFoundError as error:
         raise UsageError(f"--model {error}") from error
+    stages = {name: getattr(settings, name) for name in ("encode", "transfer", "finish")}
+    if note := cluster.unreserved(settings.ray, settings.device, stages):
+        say(note)
     if not settings.transfer.gpus and settings.device != "cuda" and settings.model != nano.NAME:
         say("note: transfer.gpus=0: the transformer runs on CPUs; --transfer.gpus 1 gives each actor a GPU")
     bare = [name for name in ("encode", "finish") if not getattr(settings, name).gpus]

@@ -201,7 +201,9 @@ class EvaluateSettings(MeasuringSettings):
     baseline: str = Field(
         default="none", description="method that differences are to, or the label of one of its lines in the tables"
     )
-    device: Literal["cpu", "cuda"] = Field(default="cpu", description="where the encoders run")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="where the encoders run; auto: cuda where measure has GPUs"
+    )
     measure: StageSettings = StageSettings(actors=2)
     rows_per_block: PositiveInt = Field(default=16, description="videos that are committed together")
     bootstrap: PositiveInt = Field(default=2000, description="draws of the intervals")

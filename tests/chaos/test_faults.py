@@ -69,7 +69,7 @@ def test_after_kill_9_of_the_driver_only_the_missing_rows_are_made(place, log, e
 def test_rows_that_crash_their_worker_hang_or_run_out_of_memory_do_not_harm_their_neighbours(tmp_path, log, env):
     prompts = ["ok 1", "crash 1", "ok 2", "flaky 1", "oom 1", "always oom 1", "raise 1", "nan 1", "hang 1", "ok 3"]
     source = jobs.write_manifest(tmp_path / "manifest", [jobs.row(prompt) for prompt in prompts])
-    args = ["--manifest", source, "--output", tmp_path / "out", *FAKE, "--limits.row-seconds", 3]
+    args = ["--manifest", source, "--output", tmp_path / "out", *FAKE, "--limits.row-seconds", 6]
     code, text = jobs.run("transfer", *args, env=env)
     assert code == 3, text
     assert "10 selected = 5 ok + 5 failed + 0 left" in text
@@ -85,7 +85,7 @@ def test_rows_that_crash_their_worker_hang_or_run_out_of_memory_do_not_harm_thei
     assert Counter(row for row, _, _ in denoised(log))[found["crash 1"].sample_id] == 2
     assert "with less memory" in found["oom 1"].notes
     assert "ZeroDivisionError" in found["raise 1"].error_message
-    assert "limits.row_seconds=3" in found["hang 1"].error_message
+    assert "limits.row_seconds=6" in found["hang 1"].error_message
     assert all(row.stage == "transfer" for row in found.values() if row.status == "failed")
 
     code, text = jobs.here("transfer", *args)

@@ -6,7 +6,7 @@ import pytest
 from ray.data.checkpoint import CheckpointConfig
 
 from pipelines import cluster
-from schemas import RaySettings, StageSettings
+from schemas import RaySettings, StageSettings, UsageError
 
 
 @pytest.fixture
@@ -113,3 +113,22 @@ def test_a_step_does_not_take_over_the_checkpoint_of_the_one_before(tmp_path):
     context = cluster.DataContext.get_current()
     context.checkpoint_config = CheckpointConfig(id_column="sample_id", checkpoint_path=str(tmp_path))
     assert cluster.quiet_data().checkpoint_config is None
+
+
+CLUSTER = RaySettings(address="head:6379")
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "gpus"),
+    [(RaySettings(), "cuda", 0.5), (CLUSTER, "cuda", 0.5), (CLUSTER, "auto", 0), (CLUSTER, "cpu", 0)],
+)
+def test_actors_that_have_gpus_of_their_own_or_want_none_are_fine(settings, device, gpus):
+    assert cluster.unreserved(settings, device, {"measure": StageSettings(gpus=gpus)}) is None
+
+
+def test_actors_on_gpus_that_nobody_reserves_are_told_of_and_refused_on_a_cluster():
+    pools = {"encode": StageSettings(), "transfer": StageSettings(gpus=1), "finish": StageSettings()}
+    words = "--device cuda, but encode.gpus=0 and finish.gpus=0: Ray reserves no GPU"
+    assert cluster.unreserved(RaySettings(), "cuda", pools).startswith(f"note: {words}")
+    with pytest.raises(UsageError, match=words):
+        cluster.unreserved(CLUSTER, "cuda", pools)

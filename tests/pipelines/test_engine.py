@@ -72,9 +72,22 @@ def plain():
     return [point.loss for point in run.curve], run.engine.state()
 
 
-@pytest.mark.parametrize(("count", "zero", "stop"), [(1, 0, 3), (1, 2, 3), (2, 0, 0), (2, 1, 3), (2, 2, 3), (2, 3, 3)])
-def test_every_zero_stage_and_number_of_workers_gives_the_same_run_resumed_or_not(plain, tmp_path, count, zero, stop):
-    results = workers.run(train, count, DeepSpeedSettings(zero=zero), tmp_path, stop)
+@pytest.mark.parametrize(
+    ("count", "zero", "offload", "stop"),
+    [
+        (1, 0, False, 3),
+        (1, 0, True, 3),
+        (1, 2, False, 3),
+        (2, 0, False, 0),
+        (2, 1, False, 3),
+        (2, 2, True, 3),
+        (2, 3, False, 3),
+    ],
+)
+def test_every_zero_stage_and_number_of_workers_gives_the_same_run_resumed_or_not(
+    plain, tmp_path, count, zero, offload, stop
+):
+    results = workers.run(train, count, DeepSpeedSettings(zero=zero, offload=offload), tmp_path, stop)
     for losses, state in results:
         assert losses == pytest.approx(plain[0], rel=1e-4)
         assert set(state) == set(plain[1])
@@ -82,10 +95,11 @@ def test_every_zero_stage_and_number_of_workers_gives_the_same_run_resumed_or_no
             assert torch.allclose(torch.from_numpy(state[name]), value, rtol=1e-3, atol=1e-5), name
 
 
-@pytest.mark.parametrize("zero", [0, 2])
-def test_bf16_has_fp32_masters(plain, tmp_path, zero):
+@pytest.mark.parametrize(("zero", "offload"), [(0, False), (2, True)])
+def test_bf16_has_fp32_masters(plain, tmp_path, zero, offload):
     """Zero 0 in bf16 is the default on GPUs."""
-    ((losses, state),) = workers.run(train, 1, DeepSpeedSettings(zero=zero, bf16=True), tmp_path, 3)
+    settings = DeepSpeedSettings(zero=zero, bf16=True, offload=offload)
+    ((losses, state),) = workers.run(train, 1, settings, tmp_path, 3)
     assert set(state) == set(plain[1])
     assert losses == pytest.approx(plain[0], rel=0.05)
     weight = torch.from_numpy(state["first.weight.weight"])

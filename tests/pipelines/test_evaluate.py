@@ -135,3 +135,5 @@ def test_settings_name_the_same_metrics_wherever_they_are_read(tmp_path, monkeyp
     monkeypatch.chdir("/")
     assert (settings.clip, settings.aesthetic_head) == (str(tmp_path / "clip"), str(tmp_path / "h.safetensors"))
     assert evaluate.everywhere(settings) == settings
+    assert settings.device == "cpu"  # auto, without GPUs
+    assert evaluate.everywhere(EvaluateSettings(run=["out"], output="eval", measure={"gpus": 0.5})).device == "cuda"

@@ -1,7 +1,10 @@
 """Parts of the actors that need no Ray."""
 
+import weakref
+
 import pyarrow as pa
 import pytest
+import torch
 
 from pipelines import tracker
 from pipelines.stage import STATE, Cache, Stage, begin
@@ -81,6 +84,10 @@ def test_manifest_rows_become_the_state_that_travels():
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes"), True),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("GET was unable to find an engine to execute this computation"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasGemmEx`"), False),
         (RuntimeError("shapes do not match"), False),
         (OSError("out of memory card"), False),
     ],
@@ -91,7 +98,12 @@ def test_out_of_memory_is_told_from_other_errors(error, expected):
 
 
 @pytest.mark.parametrize(
-    "message", ["CUDA error: an illegal memory access was encountered", "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"]
+    "message",
+    [
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA driver error: device-side assert triggered",
+        "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED",
+    ],
 )
 def test_a_broken_device_is_told_from_a_broken_row(message):
     assert device_is_broken(RuntimeError(message))
@@ -111,6 +123,25 @@ class Raises(Stage):
 
     def work(self, rows, *, smaller):
         raise self.error
+
+
+def test_memory_is_given_back_when_nothing_of_the_failed_try_is_held_any_more():
+    """Frames of a traceback hold activations."""
+
+    class Hoards(Raises):
+        def work(self, rows, *, smaller):
+            activations = torch.zeros(3)
+            self.seen = weakref.ref(activations)
+            raise MemoryError
+
+        def free(self):
+            freed.append(self.seen() is None)
+
+    for rows, tries in (([{"sample_id": "a"}], 2), ([{"sample_id": "a"}, {"sample_id": "b"}], 1)):
+        freed = []
+        outcomes = Hoards(None)._attempt(rows)
+        assert freed == [True] * tries
+        assert outcomes is None if len(rows) > 1 else outcomes[0].code == "out_of_memory"
 
 
 def test_an_output_that_takes_no_files_ends_the_run_not_its_rows():
