@@ -1,7 +1,7 @@
 """How an adapter is trained: steps, learning rate, accumulation, validation, stopping early, checkpoints that continue exactly.
 
 Who computes is an `Engine`: plain torch here, DeepSpeed in `pipelines`. What a step sees follows from its number alone, so a resumed run is
-the run that was never stopped, and so are more workers that accumulate less; on GPUs but for rounding, as gradients of attention vary there.
+the run that was never stopped, and so are more workers that accumulate less; on GPUs but for rounding, since attention varies there.
 """
 
 from __future__ import annotations
