@@ -1,9 +1,14 @@
 """The folder of an adapter."""
 
+import numpy as np
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
 
+from vmt_core import METHODS, MotionTransfer, Sampling
 from vmt_core.adapters import files, masked_lora
+from vmt_core.backbone.sampler import noise
+from vmt_core.transfer import Artifact
 
 ABOUT = {"method": "follow_your_motion", "model_revision": "r1"}
 
@@ -71,3 +76,34 @@ def test_comfyui_has_a_file_for_each_stage(adapter):
 def test_an_unknown_format_is_refused(adapter):
     with pytest.raises(ValueError, match="export 'kohya' is not one of comfyui, merged"):
         files.export(adapter, "kohya")
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_a_plain_pipeline_makes_the_same_video_with_the_files(adapter, wan, folder, scale):
+    shape, steps, shift = (16, 3, 6, 8), 3, 3.0
+    method = METHODS["follow_your_motion"](preset="nano", adapter={"spatial_scale": scale})
+    ours = MotionTransfer(wan, method, Sampling(steps, shift, 4.0), files.load(adapter, **ABOUT))
+    artifact = Artifact(torch.zeros(shape), wan.caption(""))
+    (frames,) = ours.transfer(artifact, ["a red ball"], [5])
+
+    pipeline = WanPipeline.from_pretrained(folder)
+    for stage in files.STAGES:
+        pipeline.load_lora_weights(adapter, weight_name=files.name(stage), adapter_name=stage)
+    pipeline.set_adapters(list(files.STAGES), [scale, 1.0])
+    pipeline.set_progress_bar_config(disable=True)
+    pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    own = pipeline.scheduler.set_timesteps
+    sigmas = np.linspace(1, 0, steps + 1)[:-1]  # Wan's; left alone, diffusers shifts the last one twice
+    pipeline.scheduler.set_timesteps = lambda _steps, device=None, **_: own(sigmas=sigmas, device=device)
+
+    def made():
+        latents = noise(5, shape)[0].unsqueeze(0)
+        video = pipeline(
+            prompt="a red ball", negative_prompt="", height=48, width=64, num_frames=9, num_inference_steps=steps,
+            guidance_scale=4.0, latents=latents, output_type="pt",
+        ).frames[0]  # fmt: skip
+        return 255 * video
+
+    assert (made() - frames).abs().max() < 1
+    pipeline.disable_lora()
+    assert (made() - frames).abs().mean() > 5
