@@ -150,13 +150,6 @@ def state(transformer: WanTransformer3DModel, name: str) -> Weights:
     return {key: value.detach().float().cpu().contiguous() for key, value in weights.items()}
 
 
-def save(transformer: WanTransformer3DModel, name: str, path: Path, about: dict[str, str] | None = None) -> None:
-    """Writes a LoRA file that `WanPipeline.load_lora_weights` reads; `about` goes into its metadata."""
-    config = transformer.peft_config[name].to_dict()
-    config = {key: sorted(value) if isinstance(value, set) else value for key, value in config.items()}
-    write(state(transformer, name), path, rank=config["r"], alpha=config["lora_alpha"], about=about)
-
-
 def write(weights: Weights, path: Path, *, rank: int, alpha: float, about: dict[str, str] | None = None) -> None:
     """Writes weights as a LoRA file in diffusers' format."""
     places = sorted({key.rpartition(".lora_")[0] for key in weights})

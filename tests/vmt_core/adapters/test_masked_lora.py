@@ -149,7 +149,8 @@ def test_isolated_norms_leave_nothing_behind_however_they_are_nested(wan, heads)
 def test_the_file_loads_in_a_plain_pipeline_and_gives_the_same(wan, folder, clip, heads, tmp_path):
     masked_lora.add(wan.transformer, "one", heads, rank=4, alpha=8)
     fill(wan.transformer, "one")
-    masked_lora.save(wan.transformer, "one", tmp_path / "one.safetensors", {"method": "m"})
+    weights = masked_lora.state(wan.transformer, "one")
+    masked_lora.write(weights, tmp_path / "one.safetensors", rank=4, alpha=8, about={"method": "m"})
     pipeline = WanPipeline.from_pretrained(folder)
     pipeline.load_lora_weights(tmp_path, weight_name="one.safetensors", adapter_name="one")
     latents, timestep, text = clip
@@ -160,7 +161,8 @@ def test_a_file_comes_back_onto_a_loaded_model(wan, fresh, clip, heads, tmp_path
     masked_lora.add(wan.transformer, "one", heads, rank=4, alpha=8)
     fill(wan.transformer, "one")
     wanted, stock = wan.velocity(*clip), fresh.velocity(*clip)
-    masked_lora.save(wan.transformer, "one", tmp_path / "one.safetensors", {"method": "m"})
+    weights = masked_lora.state(wan.transformer, "one")
+    masked_lora.write(weights, tmp_path / "one.safetensors", rank=4, alpha=8, about={"method": "m"})
     weights, about = masked_lora.read(tmp_path / "one.safetensors")
     assert about["method"] == "m"
     for _ in range(2):  # again under the same name
@@ -246,7 +248,7 @@ def test_an_adapter_of_another_model_is_refused(wan, heads):
 
 def test_metadata_say_rank_and_alpha_as_diffusers_wants_them(wan, heads, tmp_path):
     masked_lora.add(wan.transformer, "a", heads, rank=4, alpha=8)
-    masked_lora.save(wan.transformer, "a", tmp_path / "a.safetensors")
+    masked_lora.write(masked_lora.state(wan.transformer, "a"), tmp_path / "a.safetensors", rank=4, alpha=8)
     weights, about = masked_lora.read(tmp_path / "a.safetensors")
     config = json.loads(about["lora_adapter_metadata"])
     assert (config["transformer.r"], config["transformer.lora_alpha"]) == (4, 8)
