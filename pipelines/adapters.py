@@ -61,7 +61,7 @@ def index_file(folder: str, adapter_id: str) -> str:
 
 def index(storage: Storage, folder: str) -> dict[str, AdapterRow]:
     """What became of every reference so far, by adapter id, of a folder of adapters."""
-    names = [uri for uri in storage.find(join(folder, "index")) if uri.endswith(".parquet")]
+    names = parquet.files(storage, join(folder, "index"))
     found = parquet.each(storage, names, schema=AdapterRow.arrow_schema())
     return {
         values["adapter_id"]: AdapterRow.model_validate(values) for _, table in found for values in table.to_pylist()

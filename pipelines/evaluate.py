@@ -269,7 +269,7 @@ def _measure(
             for output in settings.run:
                 if len(done[output]) == counts[output]:
                     continue
-                files = [uri for uri in storage.find(join(output, "results")) if uri.endswith(".parquet")]
+                files = parquet.files(storage, join(output, "results"))
                 filesystem, _ = storage.arrow(files[0])
                 paths = [storage.arrow(file)[1] for file in files]
                 folders = Partitioning("hive", base_dir=storage.arrow(join(output, "results"))[1])
@@ -299,7 +299,7 @@ def _measure(
 
 
 def _files(settings: EvaluateSettings, storage: Storage) -> list[str]:
-    return [uri for uri in storage.find(folder_of(settings)) if uri.endswith(".parquet")]
+    return parquet.files(storage, folder_of(settings))
 
 
 def _tally(rows: Iterable[MetricRow]) -> tuple[int, Counter[str], dict[str, str]]:

@@ -51,7 +51,7 @@ class Ledger:
         """
         self._settle_pending()
         done = self._without_duplicates()
-        files = _parquet(self._storage, self.checkpoint)
+        files = parquet.files(self._storage, self.checkpoint)
         committed = {row for _, table in parquet.each(self._storage, files, [ID]) for row in table[ID].to_pylist()}
         if committed != done.keys() or len(files) > _MANY:
             if committed and committed != done.keys():
@@ -75,7 +75,7 @@ class Ledger:
         Only after a run: then nothing is pending that names of files say what it belongs to.
         """
         folders: dict[str, list[str]] = {}
-        for uri in _parquet(self._storage, self.results):
+        for uri in parquet.files(self._storage, self.results):
             folder, name = uri.rsplit("/", 1)
             if not name.startswith(_OURS):
                 folders.setdefault(folder, []).append(uri)
@@ -119,7 +119,7 @@ class Ledger:
         """Every result file with its rows; the folders' names are not in them."""
         try:
             yield from parquet.each(
-                self._storage, _parquet(self._storage, self.results), columns, ResultRow.arrow_schema()
+                self._storage, parquet.files(self._storage, self.results), columns, ResultRow.arrow_schema()
             )
         except pa.ArrowInvalid as error:
             raise ValueError(f"{error}; delete that file to make its rows again") from error
@@ -182,7 +182,3 @@ class Ledger:
 
     def _write(self, folder: str, table: pa.Table) -> None:
         parquet.write(self._storage, join(folder, f"{_OURS}{uuid.uuid4().hex}.parquet"), table)
-
-
-def _parquet(storage: Storage, folder: str) -> list[str]:
-    return [uri for uri in storage.find(folder) if uri.endswith(".parquet")]

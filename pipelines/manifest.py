@@ -110,7 +110,7 @@ def parts(storage: Storage, folder: str) -> list[str]:
     Raises:
         UsageError: other Parquet files are there, which would be read as part of the manifest.
     """
-    old = [uri for uri in storage.find(folder) if uri.endswith(".parquet")]
+    old = parquet.files(storage, folder)
     if others := [uri for uri in sorted(old) if not _PART.fullmatch(uri.removeprefix(absolute(folder) + "/"))]:
         raise UsageError(f"--output {folder}: holds {others[0]}, which is no manifest; take a folder of its own")
     return old

@@ -19,6 +19,11 @@ _THREADS = 16
 _AHEAD = 64  # files that are read before they are asked for
 
 
+def files(storage: Storage, folder: str) -> list[str]:
+    """All that lie below a folder, sorted."""
+    return [uri for uri in storage.find(folder) if uri.endswith(".parquet")]
+
+
 def read(storage: Storage, uri: str, columns: Sequence[str] | None = None, schema: pa.Schema | None = None) -> pa.Table:
     """One file.
 
@@ -52,14 +57,13 @@ def each(
     storage: Storage, uris: Iterable[str], columns: Sequence[str] | None = None, schema: pa.Schema | None = None
 ) -> Iterator[tuple[str, pa.Table]]:
     """Every file with its rows, in order; raises as `read` does."""
-    files = iter(uris)
+    left = iter(uris)
     with ThreadPoolExecutor(_THREADS) as pool:
         ahead: deque[tuple[str, Future[pa.Table]]] = deque()
         try:
             while True:
                 ahead += [
-                    (uri, pool.submit(read, storage, uri, columns, schema))
-                    for uri in islice(files, _AHEAD - len(ahead))
+                    (uri, pool.submit(read, storage, uri, columns, schema)) for uri in islice(left, _AHEAD - len(ahead))
                 ]
                 if not ahead:
                     return

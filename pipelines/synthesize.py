@@ -140,11 +140,10 @@ def _claim(settings: SynthesizeSettings, storage: Storage) -> None:
 def _done(settings: SynthesizeSettings, storage: Storage) -> dict[int, str]:
     """Seeds that are in the dataset, with their files."""
     found = {}
-    for name in storage.find(join(settings.output, "references")):
-        if name.endswith(".parquet"):
-            filesystem, path = storage.arrow(name)  # tracks are megabytes: of a column alone
-            for seed in pq.ParquetFile(path, filesystem=filesystem).read(columns=["seed"])["seed"].to_pylist():
-                found[seed] = name
+    for name in parquet.files(storage, join(settings.output, "references")):
+        filesystem, path = storage.arrow(name)  # tracks are megabytes: of a column alone
+        for seed in pq.ParquetFile(path, filesystem=filesystem).read(columns=["seed"])["seed"].to_pylist():
+            found[seed] = name
     return found
 
 

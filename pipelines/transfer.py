@@ -133,9 +133,9 @@ def _with_adapters(
     elif settings.adapters is None:
         name = next(iter(selection.adapters.values())).method
         raise UsageError(f"{name} needs adapters: give --adapters OUT/adapters of jobs/tune.py, or --tune them now")
-    elif adapters.lacking(storage, place, selection.adapters.values()):
+    elif lacking := {row.adapter_id for row in adapters.lacking(storage, place, selection.adapters.values())}:
         needed = _needed(settings, storage, selection)
-        if missing := adapters.lacking(storage, place, needed):
+        if missing := [row for row in needed if row.adapter_id in lacking]:
             text = (
                 f"{len(missing)} of {len(needed)} adapters are not in {place}, that of {missing[0].reference_uri} first"
             )
